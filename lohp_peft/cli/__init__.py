@@ -1,0 +1,1 @@
+"""The command line: `lohp-peft prepare | train | generate | evaluate | push | env`."""

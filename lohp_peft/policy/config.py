@@ -1,0 +1,103 @@
+"""Configuration of the policy."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+SCHEMA_VERSION = 1
+
+
+class LoHpPolicyConfig(PretrainedConfig):
+    """Shape and provenance of a [`LoHpPolicy`].
+
+    Args:
+        layout (`dict`): The target modules, from `AdapterLayout.to_dict`.
+        space_kind (`str`): Weight space, `"core"` or `"lora_b"`.
+        r (`int`): Rank of the adapters.
+        base_model_name (`str`): Where the base model came from.
+        base_fingerprint (`str`): Fingerprint of the base model; generation refuses any other.
+        tokenizer_fingerprint (`str`): Fingerprint of the tokenizer.
+        pooling (`str`): How sentence embeddings are pooled.
+        max_text_length (`int`): Longest text, in tokens.
+        head (`str`): Closed-form head the policy was trained with.
+        ridge (`float`): Penalty of the ridge head.
+        policy_steps (`int`): Policy steps `K` of a rollout (Ours: 4; quality saturates there).
+        embedding_size (`int`): Size of sentence embeddings.
+        principal_directions (`int`): Directions of the set features.
+        module_features (`int`): Width of a module's pooled input and output features together.
+        hidden_size (`int`): Width of the networks.
+        num_layers (`int`): Transformer layers over module tokens.
+        num_heads (`int`): Attention heads.
+        num_directions (`int`): Learned directions mixed by the gates (Ours: DESIGN measurements).
+        dropout (`float`): Dropout on the gates' features.
+        state_shape (`list[int]`): Modules and width of a state.
+        optimizers (`list[str]`): Recorded optimizers the policy can imitate; token 0 is "none in particular".
+        noise_scale (`float`): Policy standard deviation as a share of the recorded root-mean-square step
+            (Ours: 0.3, measured on a toy).
+        preset (`str`): How the policy was trained.
+        provenance (`dict`): Training tasks, licences, seeds, commit.
+    """
+
+    model_type = "lohp_policy"
+
+    def __init__(
+        self,
+        layout: dict[str, Any] | None = None,
+        space_kind: str = "core",
+        r: int = 8,
+        base_model_name: str = "",
+        base_fingerprint: str = "",
+        tokenizer_fingerprint: str = "",
+        pooling: str = "mean",
+        max_text_length: int = 128,
+        head: str = "ridge",
+        ridge: float = 3.0,
+        policy_steps: int = 4,
+        embedding_size: int = 384,
+        principal_directions: int = 64,
+        module_features: int = 16,
+        hidden_size: int = 128,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        num_directions: int = 24,
+        dropout: float = 0.2,
+        state_shape: list[int] | None = None,
+        optimizers: list[str] | None = None,
+        noise_scale: float = 0.3,
+        preset: str = "",
+        provenance: dict[str, Any] | None = None,
+        schema_version: int = SCHEMA_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        if schema_version > SCHEMA_VERSION:
+            raise ValueError(
+                f"This policy has schema version {schema_version}, this lohp_peft reads up to {SCHEMA_VERSION}: "
+                "upgrade lohp_peft."
+            )
+        sizes = {
+            "r": r,
+            "policy_steps": policy_steps,
+            "hidden_size": hidden_size,
+            "num_directions": num_directions,
+            "principal_directions": principal_directions,
+        }
+        wrong = {name: value for name, value in sizes.items() if not isinstance(value, int) or value < 1}
+        if wrong or hidden_size % num_heads:
+            raise ValueError(
+                f"Policy sizes must be positive integers and `hidden_size` a multiple of `num_heads`; got {wrong or ''} "
+                f"hidden_size={hidden_size}, num_heads={num_heads}."
+            )
+        self.layout = layout or {"modules": []}
+        self.space_kind, self.r = space_kind, r
+        self.base_model_name, self.base_fingerprint = base_model_name, base_fingerprint
+        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.pooling, self.max_text_length, self.head, self.ridge = pooling, max_text_length, head, ridge
+        self.policy_steps, self.embedding_size = policy_steps, embedding_size
+        self.principal_directions, self.module_features = principal_directions, module_features
+        self.hidden_size, self.num_layers, self.num_heads = hidden_size, num_layers, num_heads
+        self.num_directions, self.dropout = num_directions, dropout
+        self.state_shape = list(state_shape or [1, 1])
+        self.optimizers = list(optimizers or [])
+        self.noise_scale, self.preset, self.provenance = noise_scale, preset, dict(provenance or {})
+        self.schema_version = schema_version
+        super().__init__(**kwargs)

@@ -1,0 +1,173 @@
+"""`LoHpPolicy`: the learned optimization policy with its coordinates and its reference set."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lohp_peft.adapters.layout import AdapterLayout
+from lohp_peft.adapters.space import WeightSpace
+from lohp_peft.policy.config import LoHpPolicyConfig
+from lohp_peft.policy.networks import FeatureNormalizer, ForwardNetwork, LogFlowNetwork
+from lohp_peft.policy.reference_set import ReferenceSet
+from lohp_peft.tasks.features import TaskFeatures
+
+SPACE_FILE = "space.safetensors"
+REFERENCE_FILE = "reference_set.safetensors"
+
+
+class LoHpPolicy(PreTrainedModel):
+    """A Gaussian policy over adapters: `s[k+1] ~ N(mean(s[k], k, task), sigma[k]^2)` from `s[0]` = no adapter.
+
+    The mean moves towards a *goal*, a mixture of learned directions gated by the task's features, and adds a free
+    bounded move per module: `mean = s + (goal - s) / (K - k) + free`. Every prefix of the steps is a valid adapter
+    and the last step arrives (Ours: any-time by construction). Inside the networks states are in units of `scale`,
+    the root mean square of the recorded final adapters per module, and free moves in units of `step_rms`, that of the
+    recorded steps (Ours: notes on normalising per tensor).
+
+    Args:
+        config ([`LoHpPolicyConfig`]): Shape and provenance.
+
+    **Attributes**:
+        - **space** (`WeightSpace`) -- Coordinates of the adapters.
+        - **reference_set** (`ReferenceSet`) -- The training tasks, for baselines and controls; may be `None`.
+    """
+
+    config_class = LoHpPolicyConfig
+    base_model_prefix = "policy"
+
+    def __init__(self, config: LoHpPolicyConfig) -> None:
+        super().__init__(config)
+        modules, width = config.state_shape
+        p, f = config.principal_directions, config.module_features
+        sizes = (2 * p, p + 3, 2 * f)
+        self.normalize_set = FeatureNormalizer(sizes[0])
+        self.normalize_labels = FeatureNormalizer(sizes[1])
+        self.normalize_modules = FeatureNormalizer(modules * sizes[2])
+        self.forward_network = ForwardNetwork(config, sizes, (modules, width))
+        self.log_flow_network = LogFlowNetwork(config, sizes, (modules, width))
+        self.register_buffer("scale", torch.ones(modules, 1))
+        self.register_buffer("step_rms", torch.ones(config.policy_steps, modules, 1))
+        self.register_buffer("state_mask", torch.ones(modules, width, dtype=torch.bool))
+        self.feature_reference = nn.Module()
+        d = config.embedding_size
+        shapes = {"embedding_mean": (d,), "axes": (d, p), "axes_std": (p,), "module_mean": (modules, f)}
+        for name, shape in {**shapes, "module_std": (modules, f)}.items():
+            self.feature_reference.register_buffer(name, torch.ones(shape))
+        self.space: WeightSpace | None = None
+        self.reference_set: ReferenceSet | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Networks initialise themselves."""
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """The target modules."""
+        return AdapterLayout.from_dict(self.config.layout)
+
+    def set_space(self, space: WeightSpace) -> None:
+        """Attach the coordinates.
+
+        Raises:
+            ValueError: When they do not fit the configuration, naming both sides.
+        """
+        mine = (self.layout.fingerprint(), self.config.space_kind, self.config.r, tuple(self.config.state_shape))
+        theirs = (space.layout.fingerprint(), space.kind, space.r, tuple(space.shape))
+        if mine != theirs:
+            raise ValueError(f"The policy needs (layout, kind, r, shape) = {mine}, but the weight space has {theirs}.")
+        self.space = space
+        self.state_mask.copy_(space.mask)
+
+    def reference_tensors(self) -> dict[str, Tensor]:
+        """Coordinates of the features, for `task_features`."""
+        return dict(self.feature_reference.named_buffers())
+
+    def _inputs(self, features: TaskFeatures) -> tuple[TaskFeatures, Tensor]:
+        modules = self.normalize_modules(features.modules.flatten(-2)).view_as(features.modules)
+        scaled = TaskFeatures(self.normalize_set(features.set), self.normalize_labels(features.labels), modules)
+        ratios = modules[..., : modules.shape[-1] // 2].flatten(-2)
+        return scaled, torch.cat([scaled.set, scaled.labels, ratios], -1)
+
+    def forward_policy(
+        self, state: Tensor, step: Tensor, features: TaskFeatures, previous: Tensor | None = None, optimizer: Tensor | None = None
+    ) -> Tensor:
+        """Mean of the next state, shape (batch, modules, width).
+
+        Args:
+            state: Current states, shape (batch, modules, width).
+            step: Policy step index of each, int64, shape (batch,), below `policy_steps`.
+            features: Batched task features.
+            previous: The states one step before, or `None` for no previous move (relative form only).
+            optimizer: Index into `config.optimizers` plus one, shape (batch,); 0 or `None` is none in particular.
+        """
+        scaled, flat = self._inputs(features)
+        optimizer = torch.zeros_like(step) if optimizer is None else optimizer
+        move = torch.zeros_like(state) if previous is None else (state - previous) / self.scale
+        goal, free = self.forward_network(state / self.scale, move, scaled, flat, step, optimizer)
+        rate = 1.0 / (self.config.policy_steps - step).to(state.dtype)[:, None, None]
+        mean = state + rate * (goal * self.scale - state) + free * self.step_rms[step]
+        return torch.where(self.state_mask, mean, torch.zeros_like(mean))
+
+    def sigma(self, step: Tensor) -> Tensor:
+        """Standard deviation of a step, shape (batch, modules, 1): `noise_scale` times the recorded step's size."""
+        return self.config.noise_scale * self.step_rms[step]
+
+    def log_flow(self, state: Tensor, step: Tensor, features: TaskFeatures, optimizer: Tensor | None = None) -> Tensor:
+        """Residual log flow (nats before the forward-looking term), shape (batch,)."""
+        _, flat = self._inputs(features)
+        optimizer = torch.zeros_like(step) if optimizer is None else optimizer
+        start = self.forward_network.start.detach()
+        return self.log_flow_network(state / self.scale, start, flat, step, optimizer)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the policy folder: configuration, weights, coordinates and reference set; safetensors and JSON only."""
+        if self.space is None:
+            raise RuntimeError("A policy without a weight space cannot be saved; call `set_space` first.")
+        super().save_pretrained(save_directory, **kwargs)
+        save_file(self.space.to_tensors(), Path(save_directory) / SPACE_FILE)
+        if self.reference_set is not None:
+            tensors, metadata = self.reference_set.to_tensors()
+            save_file(tensors, Path(save_directory) / REFERENCE_FILE, metadata)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, revision: str | None = None, **kwargs: Any
+    ) -> "LoHpPolicy":
+        """Load a policy folder, or download one from the Hub at a pinned `revision`.
+
+        Raises:
+            ValueError: When files are missing or damaged, naming them.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            patterns = ["*.json", "*.safetensors", "*.md"]
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), revision=revision, allow_patterns=patterns))
+        missing = [name for name in ("config.json", "model.safetensors", SPACE_FILE) if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder} is not a policy folder: it lacks {missing}.")
+        try:
+            policy = super().from_pretrained(folder, *args, use_safetensors=True, **kwargs)
+            tensors, _ = _read(folder / SPACE_FILE)
+            layout = AdapterLayout.from_dict(policy.config.layout)
+            space = WeightSpace.from_tensors(layout, policy.config.space_kind, policy.config.r, tensors)
+            if (folder / REFERENCE_FILE).is_file():
+                policy.reference_set = ReferenceSet.from_tensors(*_read(folder / REFERENCE_FILE))
+        except (OSError, KeyError, RuntimeError) as error:
+            raise ValueError(f"The policy folder {folder} is damaged: {error}") from error
+        policy.set_space(space)
+        return policy.eval()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}, stream.metadata() or {}
+    except Exception as error:
+        raise ValueError(f"{path.name}: {error}") from error

@@ -1,0 +1,80 @@
+"""The training tasks as the policy remembers them: adapters, embeddings and features, no texts."""
+
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from lohp_peft.tasks.features import TaskFeatures
+
+
+@dataclass(frozen=True)
+class ReferenceSet:
+    """Adapters and features of the training tasks; controls and baselines come from it.
+
+    Args:
+        names: Names of the `n` tasks.
+        families: Their families.
+        states: Their recorded adapters, shape (n, modules, width).
+        features: Features of one support set each, batched over tasks.
+    """
+
+    names: tuple[str, ...]
+    families: tuple[str, ...]
+    states: Tensor
+    features: TaskFeatures
+
+    def __post_init__(self) -> None:
+        sizes = {"families": len(self.families), "states": len(self.states), "features": len(self.features.set)}
+        wrong = {name: size for name, size in sizes.items() if size != len(self.names)}
+        if wrong:
+            raise ValueError(f"A reference set of {len(self.names)} tasks needs as many entries in each part, got {wrong}.")
+
+    def mean_state(self) -> Tensor:
+        """The average adapter, shape (modules, width)."""
+        return self.states.mean(0)
+
+    def nearest(self, features: TaskFeatures) -> int:
+        """Index of the task whose texts lie nearest, by cosine of the standardised set features (mean part)."""
+        half = self.features.set.shape[-1] // 2
+        return int(cosine_similarity(self.features.set[:, :half], features.set[None, :half]).argmax())
+
+    def nearest_state_distance(self, state: Tensor) -> tuple[int, float]:
+        """Index of the nearest adapter and its relative Frobenius distance to `state` (modules, width)."""
+        distance = (self.states - state).flatten(1).norm(dim=-1) / state.norm().clamp(min=1e-12)
+        index = int(distance.argmin())
+        return index, float(distance[index])
+
+    def wrong_task(self, family: str, name: str, seed: int, nearest: int | None = None) -> int:
+        """A seeded task of another family; for a task of unknown family, of another family than its nearest task.
+
+        Raises:
+            ValueError: When all reference tasks are of one family.
+        """
+        avoid = {family} if family else {self.families[nearest]} if nearest is not None else set()
+        others = [i for i, other in enumerate(self.families) if other not in avoid and self.names[i] != name]
+        if not others:
+            raise ValueError(f"The wrong-task control needs a reference task outside {sorted(avoid)}; there is none.")
+        generator = torch.Generator().manual_seed(seed)
+        return others[int(torch.randint(len(others), (1,), generator=generator))]
+
+    def task_features(self, index: int) -> TaskFeatures:
+        """The stored features of one task."""
+        f = self.features
+        return TaskFeatures(f.set[index], f.labels[index], f.modules[index])
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata for a safetensors file."""
+        f = self.features
+        tensors = {"states": self.states, "set": f.set, "labels": f.labels, "modules": f.modules}
+        names = json.dumps({"names": self.names, "families": self.families})
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}, {"tasks": names}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> "ReferenceSet":
+        """Inverse of `to_tensors`."""
+        tasks = json.loads(metadata["tasks"])
+        features = TaskFeatures(*(tensors[name].float() for name in ("set", "labels", "modules")))
+        return cls(tuple(tasks["names"]), tuple(tasks["families"]), tensors["states"].float(), features)

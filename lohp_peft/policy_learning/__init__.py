@@ -1,0 +1,8 @@
+"""Stage 2: learn the policy from recorded trajectories."""
+
+from lohp_peft.policy_learning.config import PolicyLearningConfig
+from lohp_peft.policy_learning.replay_buffer import ReplayBuffer
+from lohp_peft.policy_learning.train import TrainingPlan, plan_training, train_policy
+from lohp_peft.policy_learning.trainer import LoHpTrainer
+
+__all__ = ["LoHpTrainer", "PolicyLearningConfig", "ReplayBuffer", "TrainingPlan", "plan_training", "train_policy"]

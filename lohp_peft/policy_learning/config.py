@@ -1,0 +1,74 @@
+"""Configuration of stage 2."""
+
+from dataclasses import dataclass, field
+
+PRESETS = ("behaviour_cloning", "lohp", "lohp+path")
+MODES = ("hybrid", "on_policy", "off_policy")
+
+
+def _field(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class PolicyLearningConfig:
+    """Settings of policy learning; the presets are `lohp` (the paper's ingredients), `lohp+path`, `behaviour_cloning`.
+
+    Raises:
+        ValueError: Listing every value out of range.
+    """
+
+    preset: str = _field("lohp+path", "one of behaviour_cloning, lohp, lohp+path; lohp+path adds the reward's gradient")
+    mode: str = _field("hybrid", "segments used: hybrid, on_policy only or off_policy only (ablations)")
+    final_weights_only: bool = _field(False, "use only the last recorded state of a run, as one step (ablation)")
+    subtb_lambda: float = _field(1.0, "lambda of SubTB; 0 is detailed balance, inf trajectory balance")
+    cloning_steps: int = _field(400, "training steps of behaviour cloning before anything else")
+    training_steps: int = _field(1500, "training steps after behaviour cloning")
+    batch_size: int = _field(4, "episodes in a training step, over all processes")
+    recorded_batch_size: int = _field(16, "recorded segments in a training step")
+    rollouts_per_task: int = _field(4, "on-policy rollouts of an episode")
+    on_policy_every: int = _field(25, "training steps between fresh rollouts; in between they are replayed")
+    buffer_size: int = _field(64, "rollouts kept for replay")
+    learning_rate: float = _field(2e-3, "Adam's learning rate of gates and directions")
+    free_learning_rate: float = _field(5e-4, "Adam's learning rate of the transformer behind the free moves")
+    log_flow_learning_rate: float = _field(1e-2, "Adam's learning rate of the log flow")
+    cloning_weight: float = _field(0.1, "weight of the cloning loss after behaviour cloning")
+    subtb_weight: float = _field(0.05, "weight of the sub-trajectory balance loss, in units of robust_delta squared")
+    path_weight: float = _field(1.0, "weight of the pathwise loss in lohp+path")
+    path_prefix_weight: float = _field(0.0, "share of the pathwise loss on the states before the last (any-time)")
+    kl_target: float = _field(3.0, "nats per trajectory that set the temperature")
+    robust_delta: float = _field(20.0, "residual, in nats, beyond which SubTB is linear")
+    contrast: float = _field(0.3, "share of episodes with conflicting labelings of the same texts")
+    optimizer_dropout: float = _field(0.3, "probability that the optimizer token is hidden")
+    feature_noise: float = _field(0.0, "standard deviation added to standardised features in training")
+    rows_per_task: int = _field(500, "texts kept per task")
+    head: str = _field("ridge", "closed-form head, ridge or prototype")
+    ridge: float = _field(3.0, "penalty of the ridge head")
+    policy_steps: int = _field(4, "policy steps of a rollout")
+    num_directions: int = _field(24, "learned directions mixed by the gates")
+    hidden_size: int = _field(128, "width of the policy's networks")
+    dropout: float = _field(0.2, "dropout on the gates' features")
+    noise_scale: float = _field(0.3, "policy standard deviation over the recorded root-mean-square step")
+    max_grad_norm: float = _field(1.0, "gradient norm above which gradients are clipped")
+    validate_every: int = _field(250, "training steps between validations")
+    validation_episodes: int = _field(48, "episodes of a validation")
+    save_every: int = _field(100, "training steps between checkpoints")
+    mixed_precision: str = _field("no", "no or bf16: networks and base model; log-probabilities stay float32")
+    seed: int = _field(0, "seed of everything")
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, choices in (("preset", PRESETS), ("mode", MODES), ("mixed_precision", ("no", "bf16"))):
+            if getattr(self, name) not in choices:
+                problems.append(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}")
+        for name in ("batch_size", "recorded_batch_size", "rollouts_per_task", "on_policy_every", "policy_steps"):
+            if getattr(self, name) < 1:
+                problems.append(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        for name in ("cloning_steps", "training_steps", "subtb_lambda", "learning_rate", "path_weight", "subtb_weight"):
+            if not getattr(self, name) >= 0:
+                problems.append(f"`{name}` must be at least 0, got {getattr(self, name)}")
+        for name in ("contrast", "optimizer_dropout", "dropout", "path_prefix_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.append(f"`{name}` must be a share in 0..1, got {getattr(self, name)}")
+        if problems:
+            raise ValueError("Policy learning: " + "; ".join(problems) + ".")

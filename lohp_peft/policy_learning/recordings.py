@@ -1,0 +1,100 @@
+"""Recorded trajectories as the policy learns from them: K knots, relative losses, indexed by task."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lohp_peft.policy import LoHpPolicy
+from lohp_peft.trajectories import Trajectory
+
+MAX_RELATIVE_LOSS = 2.0
+"""Relative losses are clipped here, so that one failed run cannot dominate (Ours: notes on clipping at 2 L_0)."""
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """All runs at the same number of knots.
+
+    Args:
+        states: Shape (runs, time + 1, modules, width).
+        losses: Loss over the loss without adapter, shape (runs, time + 1).
+        tasks: Task of each run.
+        optimizers: Index of each run's optimizer plus one, int64, shape (runs,).
+        optimizer_names: Names by index.
+    """
+
+    states: Tensor
+    losses: Tensor
+    tasks: tuple[str, ...]
+    optimizers: Tensor
+    optimizer_names: tuple[str, ...]
+
+    @classmethod
+    def from_trajectories(
+        cls, trajectories: Sequence[Trajectory], policy_steps: int, final_weights_only: bool = False
+    ) -> "Recordings":
+        """Resample every scored run at `policy_steps + 1` knots.
+
+        Args:
+            trajectories: Recorded runs.
+            policy_steps: Steps of the policy.
+            final_weights_only: Replace the path by a straight line from no adapter to the last state, which
+                supervises nothing but the final weights (ablation).
+
+        Raises:
+            ValueError: When no run has a finite loss at every state.
+        """
+        kept = [t for t in trajectories if t.losses.isfinite().all() and t.states.isfinite().all() and t.losses[0] > 0]
+        if not kept:
+            raise ValueError(f"None of the {len(trajectories)} recorded trajectories is scored and finite.")
+        states, losses = [], []
+        for trajectory in kept:
+            knots = trajectory.knots(policy_steps)
+            path, loss = knots.states.float(), (knots.losses / knots.losses[0]).clamp(max=MAX_RELATIVE_LOSS)
+            if final_weights_only:
+                share = torch.linspace(0, 1, policy_steps + 1)
+                path, loss = share[:, None, None] * path[-1], 1 + share * (loss[-1] - 1)
+            states.append(path)
+            losses.append(loss.float())
+        names = tuple(sorted({t.optimizer for t in kept}))
+        optimizers = torch.tensor([names.index(t.optimizer) + 1 for t in kept])
+        return cls(torch.stack(states), torch.stack(losses), tuple(t.task for t in kept), optimizers, names)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def scales(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Root mean square per module of final states, (modules, 1), and of steps, (time, modules, 1).
+
+        Normalised over the real entries of `mask` (modules, width).
+        """
+        entries = mask.sum(-1, keepdim=True)
+        rms = lambda x: (x.square().sum(-1, keepdim=True) / entries).mean(0).sqrt()  # noqa: E731
+        scale, steps = rms(self.states[:, -1]), rms(self.states.diff(dim=1))
+        floor = 1e-3 * scale.mean().clamp(min=1e-6)
+        return scale.clamp(min=float(floor)), steps.clamp(min=float(0.1 * floor))
+
+    def best_states(self) -> dict[str, Tensor]:
+        """By task the final state of its run with the lowest final loss, shape (modules, width)."""
+        best: dict[str, tuple[float, Tensor]] = {}
+        for i, name in enumerate(self.tasks):
+            loss = float(self.losses[i, -1])
+            if name not in best or loss < best[name][0]:
+                best[name] = (loss, self.states[i, -1])
+        return {name: state for name, (_, state) in best.items()}
+
+    def sample(self, size: int, generator: torch.Generator, allowed: Collection[str]) -> Tensor:
+        """Indices of `size` runs of tasks in `allowed`, good runs first: weights fall with the rank of the final loss."""
+        usable = torch.tensor([name in allowed for name in self.tasks])
+        rank = self.losses[:, -1].argsort().argsort().float()
+        weight = usable / (0.5 * len(self) + rank)
+        return torch.multinomial(weight, size, replacement=True, generator=generator)
+
+
+def fit_scales(policy: LoHpPolicy, recordings: Recordings) -> None:
+    """Set the policy's `scale` and `step_rms` from the recordings."""
+    scale, steps = recordings.scales(policy.state_mask)
+    policy.scale.copy_(scale)
+    policy.step_rms.copy_(steps)

@@ -1,0 +1,72 @@
+"""First-in first-out memory of on-policy rollouts and their scores."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lohp_peft.tasks.features import TaskFeatures
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A scored rollout.
+
+    Args:
+        states: Shape (time + 1, modules, width).
+        losses: Task loss of every state over that of the first, shape (time + 1,).
+        features: Features of its task.
+        prefix: Number of recorded transitions it started from; 0 is fully on-policy.
+    """
+
+    states: Tensor
+    losses: Tensor
+    features: TaskFeatures
+    prefix: int
+
+
+class ReplayBuffer:
+    """Keeps the latest `capacity` rollouts; log-probabilities are never stored, so none can be stale.
+
+    Args:
+        capacity: Number of rollouts.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"`capacity` must be at least 1 rollout, got {capacity}.")
+        self.capacity = capacity
+        self.rollouts: list[Rollout] = []
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    def add(self, rollouts: list[Rollout]) -> None:
+        """Append, dropping the oldest beyond the capacity."""
+        self.rollouts = [*self.rollouts, *rollouts][-self.capacity :]
+
+    def sample(self, size: int, generator: torch.Generator) -> list[Rollout]:
+        """Up to `size` different rollouts."""
+        order = torch.randperm(len(self.rollouts), generator=generator)[:size]
+        return [self.rollouts[int(i)] for i in order]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors only, so that it can be saved without pickle."""
+        tensors = {}
+        for i, item in enumerate(self.rollouts):
+            f = item.features
+            parts = {"states": item.states, "losses": item.losses, "set": f.set, "labels": f.labels}
+            parts |= {"modules": f.modules, "prefix": torch.tensor(item.prefix)}
+            tensors |= {f"{i:06d}.{name}": tensor.contiguous() for name, tensor in parts.items()}
+        return tensors
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        items: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            index, part = name.split(".")
+            items.setdefault(index, {})[part] = tensor
+        self.rollouts = [
+            Rollout(x["states"], x["losses"], TaskFeatures(x["set"], x["labels"], x["modules"]), int(x["prefix"]))
+            for _, x in sorted(items.items())
+        ]

@@ -1,0 +1,241 @@
+"""Stage 2 as one call: recorded trajectories in, a policy folder out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lohp_peft.adapters import base_model_fingerprint
+from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, ReferenceSet
+from lohp_peft.policy_learning.config import PolicyLearningConfig
+from lohp_peft.policy_learning.recordings import Recordings, fit_scales
+from lohp_peft.policy_learning.trainer import LoHpTrainer
+from lohp_peft.tasks import (
+    EpisodeSampler,
+    Task,
+    TaskBank,
+    TaskFeatures,
+    TextEncoder,
+    contrast_groups,
+
+    fit_reference,
+    tokenizer_fingerprint,
+)
+from lohp_peft.trajectories import TrajectoryDataset
+
+REFERENCE_SHOTS = 16
+NORMALIZER_EPISODES = 200
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What `train_policy` is going to do."""
+
+    tasks: int
+    validation_tasks: int
+    trajectories: int
+    contrast_groups: list[list[str]]
+    cloning_steps: int
+    training_steps: int
+    policy_parameters: int
+
+def plan_training(
+    tasks: Sequence[Task],
+    dataset: TrajectoryDataset,
+    config: PolicyLearningConfig,
+    validation_tasks: Sequence[Task] = (),
+) -> TrainingPlan:
+    """The plan of a training run, without running it.
+
+    Raises:
+        ValueError: When a task without recording, or no recording of any task, is found.
+    """
+    _check_recorded(tasks, dataset)
+    policy = LoHpPolicy(_policy_config(dataset, config, embedding_size=1, module_features=2 * dataset.space.r))
+    hybrid = 0 if config.preset == "behaviour_cloning" else config.training_steps
+    return TrainingPlan(
+        len(tasks), len(validation_tasks), len(dataset), contrast_groups(tasks), config.cloning_steps, hybrid, policy.num_parameters()
+    )
+
+def train_policy(
+    tasks: Sequence[Task],
+    encoder: TextEncoder,
+    dataset: TrajectoryDataset,
+    output_dir: str | Path,
+    config: PolicyLearningConfig | None = None,
+    *,
+    validation_tasks: Sequence[Task] = (),
+    accelerator: Accelerator | None = None,
+    provenance: dict[str, Any] | None = None,
+    console: Console | None = None,
+) -> LoHpPolicy:
+    """Learn a policy from recorded trajectories and write its folder.
+
+    Stage 2 needs of stage 1 only the recorded states and their scores, never an optimizer, a gradient or a training
+    loss of it (Lo-Hp (abstract): two decoupled stages).
+
+    Args:
+        tasks: Training tasks; those with recordings are imitated, all give episodes.
+        encoder: Encoder of the base model, in the weight space of the recordings.
+        dataset: Recorded trajectories.
+        output_dir: Folder of the policy; `checkpoint/` inside it continues a run that was stopped.
+        config: Settings.
+        validation_tasks: Tasks for choosing among the validated states of the policy.
+        accelerator: Mixed precision, device and processes; made from the settings when absent.
+        provenance: More entries for the policy's record.
+        console: Where progress and the closing table go; standard error when absent.
+
+    Returns:
+        The trained policy, as saved.
+
+    Raises:
+        ValueError: When dataset, encoder and tasks do not belong together, naming both sides.
+    """
+    config = config or PolicyLearningConfig()
+    accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+    console = console or Console(stderr=True)
+    output_dir = Path(output_dir)
+    dataset.check_matches(space=encoder.space, base_fingerprint=base_model_fingerprint(encoder.base_model))
+    _check_recorded(tasks, dataset)
+    recordings = Recordings.from_trajectories(list(dataset), config.policy_steps, config.final_weights_only)
+    encoder.base_model.requires_grad_(False)
+    with _progress(console, accelerator) as progress:
+        bank, held_out = (TaskBank(encoder, rows_per_task=config.rows_per_task, seed=config.seed) for _ in range(2))
+        bar = progress.add_task("encoding tasks", total=len(tasks) + len(validation_tasks))
+        for task in [*tasks, *validation_tasks]:
+            (bank if task in tasks else held_out).add(task)
+            progress.advance(bar)
+        sampler = EpisodeSampler(bank.labels, contrast_groups(tasks), contrast=config.contrast)
+        policy = build_policy(encoder, bank, recordings, sampler, dataset, config)
+        validation = None
+        if validation_tasks:
+            source = EpisodeSampler(held_out.labels, contrast_groups(validation_tasks), contrast=0.2)
+            generator = torch.Generator().manual_seed(config.seed)
+            validation = held_out, [source.sample(generator) for _ in range(config.validation_episodes)]
+        history: list[dict[str, float]] = []
+        bar = progress.add_task("policy learning", total=None)
+
+        def log(step: int, scalars: dict[str, float]) -> None:
+            shown = {k: scalars[k] for k in ("cloning", "subtb", "path", "validation_accuracy") if k in scalars}
+            text = " ".join(f"{k} {v:.3f}" for k, v in shown.items())
+            progress.update(bar, completed=step, description=f"policy learning | {text}")
+            if "validation_loss" in scalars:
+                history.append({"step": step, **scalars})
+
+        trainer = LoHpTrainer(
+            policy, bank, recordings, sampler, config, validation=validation, accelerator=accelerator, log=log
+        )
+        progress.update(bar, total=trainer.total_steps)
+        trainer.train(output_dir / "checkpoint")
+    policy.reference_set = build_reference_set(policy, bank, recordings)
+    policy.config.preset = config.preset
+    policy.config.provenance = {
+        "training_tasks": {t.name: {"family": t.family, "licence": t.licence} for t in tasks},
+        "validation_tasks": [t.name for t in validation_tasks],
+        "settings": asdict(config),
+        "best_training_step": trainer.best[1],
+        "temperature": trainer.temperature,
+        **(provenance or {}),
+    }
+    if accelerator.is_main_process:
+        policy.save_pretrained(output_dir)
+        console.print(_table(history))
+    accelerator.wait_for_everyone()
+    return policy
+
+def build_policy(
+    encoder: TextEncoder,
+    bank: TaskBank,
+    recordings: Recordings,
+    sampler: EpisodeSampler,
+    dataset: TrajectoryDataset,
+    config: PolicyLearningConfig,
+) -> LoHpPolicy:
+    """A new policy with coordinates, scales and normalisers fitted to the training tasks."""
+    statistics = next(iter(bank.statistics.values()))
+    torch.manual_seed(config.seed)
+    settings = _policy_config(
+        dataset, config, embedding_size=statistics.embeddings.shape[-1], module_features=statistics.modules.shape[-1]
+    )
+    settings.optimizers = list(recordings.optimizer_names)
+    settings.pooling, settings.max_text_length = encoder.pooling, encoder.max_length
+    settings.tokenizer_fingerprint = tokenizer_fingerprint(encoder.tokenizer)
+    policy = LoHpPolicy(settings)
+    policy.set_space(dataset.space)
+    reference = fit_reference([s[torch.arange(min(len(s), 200))] for s in bank.statistics.values()], settings.principal_directions)
+    for name, tensor in policy.feature_reference.named_buffers():
+        tensor.copy_(reference[name])
+    generator = torch.Generator().manual_seed(config.seed)
+    episodes = [sampler.sample(generator) for _ in range(NORMALIZER_EPISODES)]
+    features = TaskFeatures.stack([bank.features(e.support, e.support_labels, e.n_classes, reference) for e in episodes])
+    policy.normalize_set.fit(features.set)
+    policy.normalize_labels.fit(features.labels)
+    policy.normalize_modules.fit(features.modules.flatten(1))
+    fit_scales(policy, recordings)
+    return policy
+
+def build_reference_set(policy: LoHpPolicy, bank: TaskBank, recordings: Recordings) -> ReferenceSet:
+    """Adapters and features of the training tasks, for baselines and controls."""
+    best = {name: state for name, state in recordings.best_states().items() if name in bank.tasks}
+    reference = policy.reference_tensors()
+    features = []
+    for name in best:
+        task = bank.tasks[name]
+        rows = draw_rows(bank.labels[name], task.examples.n_classes, REFERENCE_SHOTS)
+        features.append(bank.features([(name, rows)], bank.labels[name][rows], task.examples.n_classes, reference))
+    families = tuple(bank.tasks[name].family for name in best)
+    return ReferenceSet(tuple(best), families, torch.stack(list(best.values())), TaskFeatures.stack(features))
+
+def draw_rows(labels: torch.Tensor, n_classes: int, shots: int) -> torch.Tensor:
+    """The first `shots` rows of every class (rows are in random order already)."""
+    return torch.cat([(labels == c).nonzero().flatten()[:shots] for c in range(n_classes)])
+
+def _policy_config(
+    dataset: TrajectoryDataset, config: PolicyLearningConfig, embedding_size: int, module_features: int
+) -> LoHpPolicyConfig:
+    return LoHpPolicyConfig(
+        layout=dataset.space.layout.to_dict(),
+        space_kind=dataset.space.kind,
+        r=dataset.space.r,
+        state_shape=list(dataset.space.shape),
+        base_model_name=Path(dataset.manifest.base_model_name).name,
+        base_fingerprint=dataset.manifest.base_fingerprint,
+        head=config.head,
+        ridge=config.ridge,
+        policy_steps=config.policy_steps,
+        embedding_size=embedding_size,
+        principal_directions=min(64, embedding_size),
+        module_features=module_features,
+        hidden_size=config.hidden_size,
+        num_directions=config.num_directions,
+        dropout=config.dropout,
+        noise_scale=config.noise_scale,
+        preset=config.preset,
+    )
+
+def _check_recorded(tasks: Sequence[Task], dataset: TrajectoryDataset) -> None:
+    names = {task.name for task in tasks}
+    strangers = sorted(set(dataset.keys()) - names)
+    if not names & set(dataset.keys()) or strangers:
+        raise ValueError(
+            f"The trajectories and the training tasks must belong together: recordings of {strangers or 'no task'} "
+            f"have no task among the {len(names)} given. Pass the tasks that were recorded."
+        )
+
+def _progress(console: Console, accelerator: Accelerator) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not accelerator.is_main_process)
+
+def _table(history: Sequence[dict[str, float]]) -> Table:
+    table = Table(title="Policy learning: validation tasks")
+    columns = ("step", "validation_loss", "validation_accuracy", "path", "subtb", "recorded/residual", "on_policy/residual")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in history:
+        table.add_row(*(f"{row[c]:.3f}" if c in row and c != "step" else str(row.get(c, "-")) for c in columns))
+    return table

@@ -1,0 +1,29 @@
+"""What is being adapted to: tasks, support sets, forward features and closed-form heads."""
+
+from lohp_peft.tasks.bank import TaskBank
+from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder, tokenizer_fingerprint
+from lohp_peft.tasks.features import TaskFeatures, TextStatistics, fit_reference, task_features
+from lohp_peft.tasks.heads import HEADS, Head, solve_head
+from lohp_peft.tasks.task import Examples, Task, draw
+from lohp_peft.tasks.variants import Episode, EpisodeSampler, contrast_groups, contrast_task
+
+__all__ = [
+    "HEADS",
+    "EncodedTexts",
+    "Episode",
+    "EpisodeSampler",
+    "Examples",
+    "Head",
+    "Task",
+    "TaskBank",
+    "TaskFeatures",
+    "TextEncoder",
+    "TextStatistics",
+    "contrast_groups",
+    "contrast_task",
+    "draw",
+    "fit_reference",
+    "solve_head",
+    "task_features",
+    "tokenizer_fingerprint",
+]

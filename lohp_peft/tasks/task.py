@@ -1,0 +1,181 @@
+"""A labelled text task: its rows, its splits, and seeded draws of a support set."""
+
+import gzip
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled texts of one task, for instance a support set.
+
+    Args:
+        texts: `n` texts.
+        labels: `n` class indices in `range(len(label_names))`.
+        label_names: One name a class. Names are never read by the policy.
+        texts_b: `n` second texts for pair tasks, or `None`.
+    """
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+    label_names: tuple[str, ...]
+    texts_b: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        sides = {"labels": len(self.labels)}
+        if self.texts_b is not None:
+            sides["texts_b"] = len(self.texts_b)
+        wrong = {name: size for name, size in sides.items() if size != len(self.texts)}
+        if wrong:
+            raise ValueError(f"Examples need one entry per text: {len(self.texts)} texts, but got {wrong}.")
+        bad = sorted({y for y in self.labels if not 0 <= y < len(self.label_names)})
+        if bad:
+            raise ValueError(f"Labels must be in 0..{len(self.label_names) - 1} ({len(self.label_names)} names), got {bad}.")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes, with or without examples."""
+        return len(self.label_names)
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """Class indices, int64, shape (n,)."""
+        return torch.tensor(self.labels, dtype=torch.long)
+
+    def select(self, index: Iterable[int]) -> "Examples":
+        """The rows at `index`, in that order; the classes stay as they are."""
+        rows = [int(i) for i in index]
+        texts_b = None if self.texts_b is None else tuple(self.texts_b[i] for i in rows)
+        return Examples(
+            tuple(self.texts[i] for i in rows), tuple(self.labels[i] for i in rows), self.label_names, texts_b
+        )
+
+    def with_labels(self, labels: Sequence[int], label_names: Sequence[str] | None = None) -> "Examples":
+        """The same texts under other labels."""
+        names = self.label_names if label_names is None else tuple(label_names)
+        return Examples(self.texts, tuple(int(y) for y in labels), names, self.texts_b)
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> "Examples":
+        """Build from rows `{text[, text_b], label}`: a list of dicts or a `datasets.Dataset`.
+
+        Labels may be strings, ints or bools; the classes are the sorted distinct values.
+
+        Raises:
+            ValueError: Naming every malformed row: no text, an empty text, no label, or pairs mixed with single texts.
+        """
+        rows = list(rows)
+        problems = []
+        pair = bool(rows) and isinstance(rows[0], Mapping) and rows[0].get("text_b") is not None
+        for i, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                problems.append(f"row {i}: expected a mapping with 'text' and 'label', got {type(row).__name__}")
+            elif not isinstance(row.get("text"), str) or not row["text"].strip():
+                problems.append(f"row {i}: 'text' must be a non-empty string, got {row.get('text')!r}")
+            elif isinstance(row.get("label"), bool) or not isinstance(row.get("label"), str | int):
+                problems.append(f"row {i}: 'label' must be a string or an int, got {row.get('label')!r}")
+            elif (row.get("text_b") is not None) != pair or (pair and not isinstance(row["text_b"], str)):
+                problems.append(f"row {i}: 'text_b' must be a string in all rows or in none, got {row.get('text_b')!r}")
+        kinds = {type(row["label"]).__name__ for row in rows if isinstance(row, Mapping) and "label" in row}
+        if not problems and len(kinds) > 1:
+            problems.append(f"labels must be all strings or all ints, got {sorted(kinds)}")
+        if problems:
+            raise ValueError(f"{len(problems)} malformed support rows: " + "; ".join(problems[:20]))
+        values = sorted({row["label"] for row in rows})
+        index = {value: i for i, value in enumerate(values)}
+        return cls(
+            tuple(row["text"] for row in rows),
+            tuple(index[row["label"]] for row in rows),
+            tuple(str(value) for value in values),
+            tuple(row["text_b"] for row in rows) if pair else None,
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named task with splits.
+
+    Args:
+        name: Unique name.
+        examples: All rows.
+        splits: One split name per row, such as `"train"` or `"test"`.
+        family: Kind of task, used to choose the wrong-task control from another family.
+        licence: Licence of the data, printed in the policy's card.
+    """
+
+    name: str
+    examples: Examples
+    splits: tuple[str, ...]
+    family: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.splits) != len(self.examples):
+            raise ValueError(f"Task {self.name!r} has {len(self.examples)} rows but {len(self.splits)} split entries.")
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path, *, name: str | None = None, family: str = "", licence: str = "") -> "Task":
+        """Read a file of rows `{text[, text_b], label, split}`, plain or gzipped.
+
+        Raises:
+            ValueError: Naming the file and every malformed line.
+        """
+        path = Path(path)
+        rows, problems = [], []
+        opener = gzip.open if path.suffix == ".gz" else open
+        try:
+            with opener(path, "rt", encoding="utf-8") as stream:
+                for number, line in enumerate(stream, 1):
+                    if not line.strip():
+                        continue
+                    try:
+                        rows.append(json.loads(line))
+                    except json.JSONDecodeError as error:
+                        problems.append(f"line {number}: {error.msg}")
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise ValueError(f"Cannot read task file {path}: {error}") from error
+        if problems or not rows:
+            raise ValueError(f"Task file {path} is not JSON lines: " + ("; ".join(problems[:20]) or "it has no rows") + ".")
+        try:
+            examples = Examples.from_rows(rows)
+        except ValueError as error:
+            raise ValueError(f"Task file {path}: {error}") from error
+        splits = tuple(str(row.get("split", "train")) for row in rows)
+        return cls(name or path.name.split(".")[0], examples, splits, family, licence)
+
+    def split(self, name: str) -> Examples:
+        """The rows of one split; every class keeps its index.
+
+        Raises:
+            ValueError: When the split has no rows.
+        """
+        rows = [i for i, split in enumerate(self.splits) if split == name]
+        if not rows:
+            raise ValueError(f"Task {self.name!r} has no rows in split {name!r}; its splits are {sorted(set(self.splits))}.")
+        return self.examples.select(rows)
+
+    def draw_support(self, shots: int, seed: int, split: str = "train") -> Examples:
+        """Draw up to `shots` examples a class, seeded; classes with fewer give what they have."""
+        return draw(self.split(split), shots, seed)
+
+
+def draw(examples: Examples, shots: int, seed: int) -> Examples:
+    """A seeded class-balanced draw of up to `shots` rows a class, in random order."""
+    if shots < 1:
+        raise ValueError(f"`shots` must be at least 1 example per class, got {shots}.")
+    generator = torch.Generator().manual_seed(seed)
+    targets = examples.targets
+    chosen = []
+    for label in range(examples.n_classes):
+        rows = (targets == label).nonzero().flatten()
+        chosen.append(rows[torch.randperm(len(rows), generator=generator)[:shots]])
+    index = torch.cat(chosen)
+    return examples.select(index[torch.randperm(len(index), generator=generator)].tolist())

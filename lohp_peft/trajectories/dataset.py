@@ -1,0 +1,280 @@
+"""A folder of recorded trajectories that survives kills, several writers and damaged files."""
+
+import re
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from lohp_peft.adapters.layout import AdapterLayout
+from lohp_peft.adapters.space import WeightSpace
+from lohp_peft.trajectories.atomic import TEMPORARY_SUFFIX, sha256, write_atomically
+from lohp_peft.trajectories.manifest import (
+    MANIFEST_NAME,
+    SHARD_FOLDER,
+    SPACE_NAME,
+    Manifest,
+    ShardEntry,
+    inside,
+)
+from lohp_peft.trajectories.shard import decode_shard, describe, encode_shard, misfits, shard_header
+from lohp_peft.trajectories.trajectory import Trajectory
+
+DAMAGE_POLICIES = ("error", "skip")
+LOCK_NAME = ".lock"
+SAME_BASES_TOLERANCE = 1e-4
+
+
+class TrajectoryDataset:
+    """Recorded trajectories of one base model in one weight space, a shard for each key.
+
+    The folder holds `manifest.json`, the bases of the weight space and one safetensors file a key, each with its
+    SHA-256 in the manifest. A shard and its line in the manifest are written under a file lock with atomic renames:
+    a process killed at any moment loses at most the shard it was writing, and processes that append different keys
+    do not disturb each other. Every read checks the checksum again.
+
+    Use `create` or `open`; iterating yields the trajectories in the order of their keys.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, space: WeightSpace, on_damage: str) -> None:
+        self.folder, self.manifest, self.space, self.on_damage = folder, manifest, space, on_damage
+        self.damaged: dict[str, str] = {}
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        *,
+        space: WeightSpace,
+        base_fingerprint: str,
+        base_model_name: str,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> "TrajectoryDataset":
+        """Start an empty dataset in `folder`, which is made when it does not exist.
+
+        Args:
+            folder: Where the dataset lives.
+            space: Weight space of all its states.
+            base_fingerprint: From `base_model_fingerprint`.
+            base_model_name: Name or path under which the base model was loaded.
+            metadata: JSON values to keep with the dataset.
+
+        Raises:
+            FileExistsError: When the folder already holds a dataset.
+        """
+        folder = Path(folder)
+        (folder / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
+        bases = save({name: values.detach().cpu().contiguous() for name, values in space.to_tensors().items()})
+        manifest = Manifest(
+            dataset_id=secrets.token_hex(16),
+            base_model_name=base_model_name,
+            base_fingerprint=base_fingerprint,
+            space_kind=space.kind,
+            space_r=space.r,
+            space_file=SPACE_NAME,
+            space_sha256=sha256(bases),
+            layout=space.layout.to_dict(),
+            metadata=dict(metadata or {}),
+        )
+        with FileLock(folder / LOCK_NAME):
+            if (folder / MANIFEST_NAME).exists():
+                raise FileExistsError(f"{folder} already holds trajectories; open it, or choose another folder.")
+            write_atomically(folder / SPACE_NAME, bases)
+            write_atomically(folder / MANIFEST_NAME, manifest.to_json())
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path, on_damage: str = "error") -> "TrajectoryDataset":
+        """Open a dataset and check every shard.
+
+        Args:
+            folder: Where the dataset lives; nothing in it is changed.
+            on_damage: What to do about damaged, missing and foreign shards: `"error"` lists them all and stops,
+                `"skip"` warns, naming them, and leaves them out. An `append` under such a key replaces it.
+
+        Raises:
+            FileNotFoundError: When the folder holds no dataset.
+            ValueError: When the manifest or the bases are damaged or of a newer version, and with
+                `on_damage="error"` on any shard that is not whole.
+        """
+        if on_damage not in DAMAGE_POLICIES:
+            raise ValueError(f"`on_damage` must be one of {list(DAMAGE_POLICIES)}, got {on_damage!r}.")
+        folder = Path(folder)
+        manifest = Manifest.read(folder)
+        dataset = cls(folder, manifest, _read_space(folder, manifest), on_damage)
+        for key in manifest.shards:
+            try:
+                dataset._read(key)
+            except ValueError as error:
+                dataset.damaged[key] = str(error)
+        problems = [*dataset.damaged.values(), *dataset._foreign_files()]
+        if problems and on_damage == "error":
+            raise ValueError(
+                f"{len(problems)} files of {folder} cannot be used: "
+                + "; ".join(problems)
+                + ". Restore them, or open "
+                'with on_damage="skip" to go on without them.'
+            )
+        for problem in problems:
+            warnings.warn(f"Skipped in {folder}: {problem}.", stacklevel=2)
+        return dataset
+
+    def append(self, key: str, trajectories: Sequence[Trajectory], metadata: Mapping[str, Any] | None = None) -> None:
+        """Write one shard; other processes may append other keys at the same time.
+
+        Args:
+            key: Unique name of the shard, for instance the task's.
+            trajectories: At least one, all in this dataset's weight space.
+            metadata: JSON values to keep with the shard, found again in `manifest.shards[key].metadata`.
+
+        Raises:
+            ValueError: When the key is taken (by an undamaged shard), there is nothing to write, or a trajectory does
+                not fit the weight space.
+        """
+        if not key or not trajectories:
+            raise ValueError(f"A shard needs a key and at least one trajectory, got {key!r} and {len(trajectories)}.")
+        problems = misfits(trajectories, self.space)
+        if problems:
+            raise ValueError(f"Shard {key!r} does not fit {self.folder}: " + "; ".join(problems) + ".")
+        data = encode_shard(trajectories, self.manifest.dataset_id, key)
+        entry = ShardEntry(
+            _shard_file(key), sha256(data), tuple(describe(item) for item in trajectories), dict(metadata or {})
+        )
+        with FileLock(self.folder / LOCK_NAME):
+            current = Manifest.read(self.folder)
+            if current.dataset_id != self.manifest.dataset_id:
+                raise ValueError(f"{self.folder} was replaced by another dataset while this one was open.")
+            if key in current.shards and key not in self.damaged:
+                raise ValueError(f"{self.folder} already has a shard {key!r}; choose another key.")
+            updated = replace(current, shards={**current.shards, key: entry})
+            manifest = updated.to_json()
+            self._clean(current)
+            write_atomically(inside(self.folder, entry.file), data)
+            write_atomically(self.folder / MANIFEST_NAME, manifest)
+        self.manifest = updated
+        self.damaged.pop(key, None)
+
+    def keys(self) -> list[str]:
+        """Keys of the usable shards, sorted."""
+        return sorted(key for key in self.manifest.shards if key not in self.damaged)
+
+    def __getitem__(self, key: str) -> list[Trajectory]:
+        """The trajectories of one shard.
+
+        Raises:
+            KeyError: When there is no such shard.
+            ValueError: When it is damaged.
+        """
+        return self._read(key)
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        for key in self.keys():
+            try:
+                trajectories = self._read(key)
+            except ValueError as error:
+                if self.on_damage == "error":
+                    raise
+                self.damaged[key] = str(error)
+                warnings.warn(f"Skipped in {self.folder}: {error}.", stacklevel=2)
+                continue
+            yield from trajectories
+
+    def __len__(self) -> int:
+        """Number of usable trajectories."""
+        return sum(len(self.manifest.shards[key].trajectories) for key in self.keys())
+
+    def check_matches(self, *, space: WeightSpace, base_fingerprint: str) -> None:
+        """Make sure that the dataset was recorded on this base model and in this weight space.
+
+        Raises:
+            ValueError: Listing every difference, both sides named.
+        """
+        mine, problems = self.space, []
+        if self.manifest.base_fingerprint != base_fingerprint:
+            problems.append(
+                f"base model: recorded on {self.manifest.base_model_name!r} ({self.manifest.base_fingerprint[:12]}...), "
+                f"got one with fingerprint {base_fingerprint[:12]}..."
+            )
+        if (mine.kind, mine.r) != (space.kind, space.r):
+            problems.append(f"weight space: recorded {mine.kind!r} r={mine.r}, got {space.kind!r} r={space.r}")
+        if mine.layout.fingerprint() != space.layout.fingerprint():
+            problems.append(
+                f"layout: recorded {len(mine.layout.modules)} modules {mine.layout.fingerprint()[:12]}..., "
+                f"got {len(space.layout.modules)} modules {space.layout.fingerprint()[:12]}..."
+            )
+        if not problems:
+            recorded, given = mine.to_tensors(), space.to_tensors()
+            moved = [
+                name
+                for name, values in recorded.items()
+                if not torch.allclose(values.cpu(), given[name].cpu(), atol=SAME_BASES_TOLERANCE)
+            ]
+            if moved:
+                problems.append(f"bases {moved} differ; use the dataset's own `space`")
+        if problems:
+            raise ValueError(f"{self.folder} does not fit: " + "; ".join(problems) + ".")
+
+    def _read(self, key: str) -> list[Trajectory]:
+        entry = self.manifest.shards[key]
+        try:
+            data = inside(self.folder, entry.file).read_bytes()
+            return decode_shard(data, entry, dataset_id=self.manifest.dataset_id, key=key, space=self.space)
+        except FileNotFoundError:
+            raise ValueError(f"shard {key!r} ({entry.file}) is missing") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"shard {key!r} ({entry.file}) is {error}") from error
+
+    def _unlisted(self, manifest: Manifest) -> Iterator[tuple[Path, bool]]:
+        """Files among the shards that the manifest does not name, and whether this dataset wrote them."""
+        listed = {entry.file for entry in manifest.shards.values()}
+        for path in sorted((self.folder / SHARD_FOLDER).glob("[!.]*.safetensors")):
+            if f"{SHARD_FOLDER}/{path.name}" not in listed:
+                try:
+                    own = shard_header(path.read_bytes()).get("dataset_id") == self.manifest.dataset_id
+                except (OSError, ValueError):
+                    own = False
+                yield path, own
+
+    def _foreign_files(self) -> list[str]:
+        current = Manifest.read(self.folder)  # another process may have appended meanwhile
+        return [
+            f"{path.relative_to(self.folder).as_posix()} is foreign: the manifest does not name it"
+            for path, own in self._unlisted(current)
+            if not own
+        ]
+
+    def _clean(self, manifest: Manifest) -> None:
+        """Remove what killed writers left; only under the lock, which every living writer holds."""
+        for folder in (self.folder, self.folder / SHARD_FOLDER):
+            for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+                path.unlink(missing_ok=True)
+        for path, own in self._unlisted(manifest):
+            if own:
+                path.unlink(missing_ok=True)
+
+
+def _read_space(folder: Path, manifest: Manifest) -> WeightSpace:
+    path = inside(folder, manifest.space_file)
+    try:
+        data = path.read_bytes()
+        if sha256(data) != manifest.space_sha256:
+            raise ValueError("its checksum is not the manifest's")
+        layout = AdapterLayout.from_dict(dict(manifest.layout))
+        return WeightSpace.from_tensors(layout, manifest.space_kind, manifest.space_r, load(data))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; without its bases no state of {folder} means anything.") from None
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+
+
+def _shard_file(key: str) -> str:
+    """A readable file name that no other key has, whatever the file system makes of case and odd characters."""
+    readable = re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-")[:40]
+    return f"{SHARD_FOLDER}/{readable}-{sha256(key.encode())[:16]}.safetensors"

@@ -1,0 +1,23 @@
+"""Stage 1: record how offline optimizers solve tasks. Stage 2 never needs anything from here but the recordings."""
+
+from lohp_peft.weight_preparation.config import WeightPreparationConfig
+from lohp_peft.weight_preparation.optimizers import OFFLINE_OPTIMIZERS, OfflineOptimizer, build_optimizer
+from lohp_peft.weight_preparation.plan import PreparationPlan, plan_preparation
+from lohp_peft.weight_preparation.preparation import prepare_trajectories, record_run
+from lohp_peft.weight_preparation.recorder import RecordingReport, TrajectoryRecorder
+from lohp_peft.weight_preparation.scoring import query_loss, score_trajectory
+
+__all__ = [
+    "OFFLINE_OPTIMIZERS",
+    "OfflineOptimizer",
+    "PreparationPlan",
+    "RecordingReport",
+    "TrajectoryRecorder",
+    "WeightPreparationConfig",
+    "build_optimizer",
+    "plan_preparation",
+    "prepare_trajectories",
+    "query_loss",
+    "record_run",
+    "score_trajectory",
+]

