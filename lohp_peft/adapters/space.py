@@ -83,6 +83,9 @@ class WeightSpace(ABC):
     def encode(self, adapter: Adapter) -> EncodedAdapter:
         """Project an adapter of any rank onto the space; modules it lacks are zero.
 
+        Returns:
+            The state, float32 (float64 when the adapter is), and how much of each update it holds.
+
         Raises:
             ValueError: Listing every unknown module and every shape that differs.
         """
@@ -93,17 +96,21 @@ class WeightSpace(ABC):
                 continue
             spec = self.layout.modules[self._index[name]]
             if a.shape[-1] != spec.d_in or b.shape[0] != spec.d_out or a.shape[0] != b.shape[1]:
-                wrong.append(f"{name}: A {tuple(a.shape)}, B {tuple(b.shape)}, expected (r, {spec.d_in}), ({spec.d_out}, r)")
+                wrong.append(
+                    f"{name}: A {tuple(a.shape)}, B {tuple(b.shape)}, expected (r, {spec.d_in}), ({spec.d_out}, r)"
+                )
         if wrong:
             raise ValueError(f"The adapter does not fit the weight space: {'; '.join(wrong)}.")
-        state = torch.zeros(self.shape)
+        double = any(x.dtype == torch.float64 for pair in adapter.values() for x in pair)
+        dtype = torch.float64 if double else torch.float32
+        device = next((a.device for a, _ in adapter.values()), None)
+        state = torch.zeros(self.shape, dtype=dtype, device=device)
         kept = {}
         for name, (a, b) in adapter.items():
             i = self._index[name]
-            a, b = a.detach().float(), b.detach().float()
+            a, b = a.detach().to(device, dtype), b.detach().to(device, dtype)
             v, u = self.input_basis(i).to(a), self.output_basis(i)
             coordinates = (b if u is None else u.to(b).T @ b) @ (a @ v)
-            state = state.to(coordinates.device)
             state[i, : coordinates.numel()] = coordinates.flatten()
             total = torch.trace((b.T @ b) @ (a @ a.T))
             kept[name] = float(coordinates.square().sum() / total) if total > 0 else 1.0
@@ -144,14 +151,18 @@ class WeightSpace(ABC):
             ValueError: When several adapters come without `owner`.
         """
         if owner is None and len(states) != 1:
-            raise ValueError(f"`owner` must name the adapter of each text when there are several, got {len(states)} adapters.")
+            raise ValueError(
+                f"`owner` must name the adapter of each text when there are several, got {len(states)} adapters."
+            )
         c = self._matrix(index, states).to(x.dtype)
         z = x @ self.input_basis(index).to(x.dtype)
         if owner is None:
             z = z @ c[0].T
         else:
-            z = torch.bmm(z.flatten(1, -2), c[owner].transpose(1, 2)).unflatten(1, z.shape[1:-1]) if z.dim() > 2 else (
-                torch.einsum("nk,nok->no", z, c[owner])
+            z = (
+                torch.bmm(z.flatten(1, -2), c[owner].transpose(1, 2)).unflatten(1, z.shape[1:-1])
+                if z.dim() > 2
+                else (torch.einsum("nk,nok->no", z, c[owner]))
             )
         u = self.output_basis(index)
         return z if u is None else z @ u.to(x.dtype).T
@@ -167,19 +178,27 @@ class WeightSpace(ABC):
         if kind not in spaces:
             raise ValueError(f"`kind` of a weight space must be one of {sorted(spaces)}, got {kind!r}.")
         sides = {"core": ("input", "output"), "lora_b": ("input",)}[kind]
-        bases: dict[str, list[Tensor]] = {side: [] for side in sides}
-        wrong = []
-        for i, spec in enumerate(layout.modules):
-            for side in sides:
-                expected = (spec.d_in if side == "input" else spec.d_out, r)
-                tensor = tensors.get(f"{side}.{i}")
-                if tensor is None or tuple(tensor.shape) != expected:
-                    wrong.append(f"{side}.{i}: expected {expected}, got {None if tensor is None else tuple(tensor.shape)}")
-                else:
-                    bases[side].append(tensor)
-        if wrong:
-            raise ValueError(f"The bases do not fit the layout: {'; '.join(wrong)}.")
-        return spaces[kind](layout, r, *bases.values())
+        names = {side: [f"{side}.{i}" for i in range(len(layout.modules))] for side in sides}
+        missing = [name for side in sides for name in names[side] if name not in tensors]
+        if missing:
+            raise ValueError(f"The bases do not fit the layout: {', '.join(missing)} are missing.")
+        return spaces[kind](layout, r, *([tensors[name] for name in names[side]] for side in sides))
+
+
+def _check_bases(layout: AdapterLayout, r: int, sides: dict[str, list[Tensor]]) -> None:
+    """Raise unless every module has a basis of r orthonormal columns on each side."""
+    wrong = []
+    for side, bases in sides.items():
+        if len(bases) != len(layout.modules):
+            raise ValueError(f"A weight space needs {len(layout.modules)} bases on side {side}, got {len(bases)}.")
+        for spec, basis in zip(layout.modules, bases, strict=True):
+            expected = (getattr(spec, side), r)
+            if tuple(basis.shape) != expected:
+                wrong.append(f"{spec.name} {side}: shape {tuple(basis.shape)}, expected {expected}")
+            elif not torch.allclose(basis.T @ basis, torch.eye(r, device=basis.device), atol=1e-3):
+                wrong.append(f"{spec.name} {side}: columns are not orthonormal")
+    if wrong:
+        raise ValueError(f"The bases do not fit the layout: {'; '.join(wrong)}.")
 
 
 class CoreSpace(WeightSpace):
@@ -193,6 +212,7 @@ class CoreSpace(WeightSpace):
     def __init__(self, layout: AdapterLayout, r: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         super().__init__(layout, r)
         self._inputs, self._outputs = [x.float() for x in inputs], [x.float() for x in outputs]
+        _check_bases(layout, r, {"d_in": self._inputs, "d_out": self._outputs})
 
     def _core_shape(self, index: int) -> tuple[int, int]:
         return self.r, self.r
@@ -235,19 +255,46 @@ class CoreSpace(WeightSpace):
         Raises:
             ValueError: When there is no adapter, or a module has no update in any.
         """
-        grams: dict[str, tuple[Tensor, Tensor]] = {}
+        sketches = {s.name: (_RowSketch(s.d_in), _RowSketch(s.d_out)) for s in layout.modules}
         for adapter in adapters:
-            total = sum(float((b.float() @ a.float()).square().sum()) for a, b in adapter.values())
-            for name, (a, b) in adapter.items():
-                delta = (b.float() @ a.float()) / max(total, 1e-30) ** 0.5
-                right, left = delta.T @ delta, delta @ delta.T
-                old = grams.get(name)
-                grams[name] = (right, left) if old is None else (old[0] + right, old[1] + left)
-        empty = [s.name for s in layout.modules if s.name not in grams or not grams[s.name][0].any()]
+            pairs = {name: (a.detach().cpu().double(), b.detach().cpu().double()) for name, (a, b) in adapter.items()}
+            energies = {name: float(torch.trace((b.T @ b) @ (a @ a.T))) for name, (a, b) in pairs.items()}
+            scale = max(sum(energies.values()), 1e-30) ** -0.5
+            for name, (a, b) in pairs.items():
+                if name in sketches and energies[name] > 0:
+                    right, left = sketches[name]
+                    # ΔW^T ΔW = (R A)^T (R A) with R from B = Q R, and the same transposed
+                    right.add(torch.linalg.qr(b)[1] @ a * scale)
+                    left.add(torch.linalg.qr(a.T)[1] @ b.T * scale)
+        empty = [s.name for s in layout.modules if not len(sketches[s.name][0].rows)]
         if empty:
             raise ValueError(f"No recorded update to take bases from for: {', '.join(empty)}.")
-        tops = [[torch.linalg.eigh(gram)[1].flip(-1)[:, :r] for gram in grams[s.name]] for s in layout.modules]
-        return cls(layout, r, [v.contiguous() for v, _ in tops], [u.contiguous() for _, u in tops])
+        bases = [[sketch.leading(r) for sketch in sketches[s.name]] for s in layout.modules]
+        return cls(layout, r, [v for v, _ in bases], [u for _, u in bases])
+
+
+class _RowSketch:
+    """Rows whose Gram matrix is a sum of Gram matrices, kept exactly in at most a few times their width.
+
+    (Ours: a d x d Gram matrix per module and side would need gigabytes for a large model.)
+    """
+
+    def __init__(self, width: int) -> None:
+        self.rows = torch.zeros(0, width, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        self.rows = torch.cat([self.rows, rows])
+        if len(self.rows) > 2 * self.rows.shape[1]:
+            self.rows = torch.linalg.qr(self.rows)[1]
+
+    def leading(self, r: int) -> Tensor:
+        """Leading right singular vectors, shape (width, r), completed to r orthonormal columns if there are fewer."""
+        vectors = torch.linalg.svd(self.rows, full_matrices=False)[2][:r].T
+        if vectors.shape[1] < r:
+            generator = torch.Generator().manual_seed(0)
+            free = torch.randn(len(vectors), r - vectors.shape[1], generator=generator, dtype=vectors.dtype)
+            vectors = torch.cat([vectors, free], 1)
+        return torch.linalg.qr(vectors)[0].float().contiguous()
 
 
 class LoraBSpace(WeightSpace):
@@ -258,6 +305,7 @@ class LoraBSpace(WeightSpace):
     def __init__(self, layout: AdapterLayout, r: int, inputs: list[Tensor]) -> None:
         super().__init__(layout, r)
         self._inputs = [x.float() for x in inputs]
+        _check_bases(layout, r, {"d_in": self._inputs})
 
     def _core_shape(self, index: int) -> tuple[int, int]:
         return self.layout.modules[index].d_out, self.r

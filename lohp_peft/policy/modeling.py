@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -12,11 +11,13 @@ from transformers import PreTrainedModel
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
+from lohp_peft.hub import find_policy
 from lohp_peft.policy.config import LoHpPolicyConfig
 from lohp_peft.policy.networks import FeatureNormalizer, ForwardNetwork, LogFlowNetwork
 from lohp_peft.policy.reference_set import ReferenceSet
 from lohp_peft.tasks.features import TaskFeatures
 
+WEIGHTS_FILE = "model.safetensors"
 SPACE_FILE = "space.safetensors"
 REFERENCE_FILE = "reference_set.safetensors"
 
@@ -59,12 +60,23 @@ class LoHpPolicy(PreTrainedModel):
         shapes = {"embedding_mean": (d,), "axes": (d, p), "axes_std": (p,), "module_mean": (modules, f)}
         for name, shape in {**shapes, "module_std": (modules, f)}.items():
             self.feature_reference.register_buffer(name, torch.ones(shape))
-        self.space: WeightSpace | None = None
+        self._space: WeightSpace | None = None
         self.reference_set: ReferenceSet | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Networks initialise themselves."""
+
+    @property
+    def space(self) -> WeightSpace:
+        """Coordinates of the adapters.
+
+        Raises:
+            RuntimeError: Before `set_space`.
+        """
+        if self._space is None:
+            raise RuntimeError("This policy has no weight space yet; call `set_space` first.")
+        return self._space
 
     @property
     def layout(self) -> AdapterLayout:
@@ -81,7 +93,7 @@ class LoHpPolicy(PreTrainedModel):
         theirs = (space.layout.fingerprint(), space.kind, space.r, tuple(space.shape))
         if mine != theirs:
             raise ValueError(f"The policy needs (layout, kind, r, shape) = {mine}, but the weight space has {theirs}.")
-        self.space = space
+        self._space = space
         self.state_mask.copy_(space.mask)
 
     def reference_tensors(self) -> dict[str, Tensor]:
@@ -95,7 +107,12 @@ class LoHpPolicy(PreTrainedModel):
         return scaled, torch.cat([scaled.set, scaled.labels, ratios], -1)
 
     def forward_policy(
-        self, state: Tensor, step: Tensor, features: TaskFeatures, previous: Tensor | None = None, optimizer: Tensor | None = None
+        self,
+        state: Tensor,
+        step: Tensor,
+        features: TaskFeatures,
+        previous: Tensor | None = None,
+        optimizer: Tensor | None = None,
     ) -> Tensor:
         """Mean of the next state, shape (batch, modules, width).
 
@@ -127,10 +144,9 @@ class LoHpPolicy(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the policy folder: configuration, weights, coordinates and reference set; safetensors and JSON only."""
-        if self.space is None:
-            raise RuntimeError("A policy without a weight space cannot be saved; call `set_space` first.")
+        tensors = self.space.to_tensors()
         super().save_pretrained(save_directory, **kwargs)
-        save_file(self.space.to_tensors(), Path(save_directory) / SPACE_FILE)
+        save_file(tensors, Path(save_directory) / SPACE_FILE)
         if self.reference_set is not None:
             tensors, metadata = self.reference_set.to_tensors()
             save_file(tensors, Path(save_directory) / REFERENCE_FILE, metadata)
@@ -139,20 +155,30 @@ class LoHpPolicy(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *args: Any, revision: str | None = None, **kwargs: Any
     ) -> "LoHpPolicy":
-        """Load a policy folder, or download one from the Hub at a pinned `revision`.
+        """Load a policy: a folder, `"shipped"`, or one on the Hub at a pinned `revision`.
+
+        Args:
+            pretrained_model_name_or_path: See `lohp_peft.hub.find_policy`.
+            *args: See `PreTrainedModel.from_pretrained`.
+            revision: Commit hash on the Hub, or write `owner/name@commit`.
+            **kwargs: See `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: When files are missing or damaged, naming them.
+            ValueError: When files or tensors are missing or damaged, naming them.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            patterns = ["*.json", "*.safetensors", "*.md"]
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), revision=revision, allow_patterns=patterns))
-        missing = [name for name in ("config.json", "model.safetensors", SPACE_FILE) if not (folder / name).is_file()]
+        name = str(pretrained_model_name_or_path)
+        folder = find_policy(name if revision is None or Path(name).is_dir() else f"{name}@{revision}")
+        missing = [name for name in ("config.json", WEIGHTS_FILE, SPACE_FILE) if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder} is not a policy folder: it lacks {missing}.")
         try:
-            policy = super().from_pretrained(folder, *args, use_safetensors=True, **kwargs)
+            _read(folder / WEIGHTS_FILE)
+            kwargs |= {"use_safetensors": True, "output_loading_info": True}
+            policy, info = super().from_pretrained(folder, *args, **kwargs)
+            kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+            wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
+            if wrong:
+                raise ValueError(f"{WEIGHTS_FILE} does not fit config.json: {wrong}")
             tensors, _ = _read(folder / SPACE_FILE)
             layout = AdapterLayout.from_dict(policy.config.layout)
             space = WeightSpace.from_tensors(layout, policy.config.space_kind, policy.config.r, tensors)

@@ -60,7 +60,9 @@ class Attention(nn.Module):
         """Shapes (batch, queries, hidden) and (batch, keys, hidden)."""
         split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # noqa: E731
         key, value = self.key_value(memory).chunk(2, -1)
-        return self.out(scaled_dot_product_attention(*map(split, (self.query(x), key, value))).transpose(-3, -2).flatten(-2))
+        return self.out(
+            scaled_dot_product_attention(*map(split, (self.query(x), key, value))).transpose(-3, -2).flatten(-2)
+        )
 
 
 class Block(nn.Module):
@@ -144,7 +146,7 @@ class ForwardNetwork(nn.Module):
 
 
 class LogFlowNetwork(nn.Module):
-    """Residual log flow, in units of the task's reward range over the temperature; a trunk of its own."""
+    """Residual log flow in nats, next to the known loss over the temperature; a trunk of its own."""
 
     def __init__(self, config: LoHpPolicyConfig, sizes: tuple[int, int, int], shape: tuple[int, int]) -> None:
         super().__init__()

@@ -30,7 +30,9 @@ class ReferenceSet:
         sizes = {"families": len(self.families), "states": len(self.states), "features": len(self.features.set)}
         wrong = {name: size for name, size in sizes.items() if size != len(self.names)}
         if wrong:
-            raise ValueError(f"A reference set of {len(self.names)} tasks needs as many entries in each part, got {wrong}.")
+            raise ValueError(
+                f"A reference set of {len(self.names)} tasks needs as many entries in each part, got {wrong}."
+            )
 
     def mean_state(self) -> Tensor:
         """The average adapter, shape (modules, width)."""

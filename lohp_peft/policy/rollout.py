@@ -1,6 +1,6 @@
 """Rolling the policy out: from no adapter, or from a recorded prefix, to a final adapter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def rollout(
     prefix: Tensor | None = None,
     optimizer: Tensor | None = None,
     noise: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     measure: Measure | None = None,
     policy_steps: int | None = None,
 ) -> Tensor:
@@ -31,7 +31,7 @@ def rollout(
             the zero state.
         optimizer: Optimizer indices, shape (batch,), see `LoHpPolicy.forward_policy`.
         noise: Standard deviation in units of the policy's sigma; 0 takes mean steps, 1 samples the policy.
-        generator: Source of the noise.
+        generator: Source of the noise; a list of one for each row of the batch makes rows independent of their company.
         measure: Closed loop: called with the states (batch, modules, width) and the step, returns the features
             measured at the current adapters. `None` is open loop.
         policy_steps: Stop after this many steps in all; `None` for the policy's own number.
@@ -55,7 +55,14 @@ def rollout(
         previous = states[-2] if len(states) > 1 else None
         following = policy.forward_policy(states[-1], step, features, previous, optimizer)
         if noise > 0:
-            random = torch.randn(following.shape, generator=generator, device=following.device, dtype=following.dtype)
-            following = following + noise * policy.sigma(step) * random * policy.state_mask
+            following = following + noise * policy.sigma(step) * _normal(following, generator) * policy.state_mask
         states.append(following)
     return torch.stack(states, 1)
+
+
+def _normal(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """Standard normal noise of the shape of `like`."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    rows = [torch.randn(like.shape[1:], generator=g, device=like.device, dtype=like.dtype) for g in generator]
+    return torch.stack(rows)

@@ -18,9 +18,13 @@ class PolicyLearningConfig:
         ValueError: Listing every value out of range.
     """
 
-    preset: str = _field("lohp+path", "one of behaviour_cloning, lohp, lohp+path; lohp+path adds the reward's gradient")
+    preset: str = _field(
+        "lohp+path", "one of behaviour_cloning, lohp, lohp+path; lohp+path adds the reward's gradient"
+    )
     mode: str = _field("hybrid", "segments used: hybrid, on_policy only or off_policy only (ablations)")
-    final_weights_only: bool = _field(False, "use only the last recorded state of a run, as one step (ablation)")
+    final_weights_only: bool = _field(
+        False, "use only the last recorded state of a run, reached on a straight line (ablation)"
+    )
     subtb_lambda: float = _field(1.0, "lambda of SubTB; 0 is detailed balance, inf trajectory balance")
     cloning_steps: int = _field(400, "training steps of behaviour cloning before anything else")
     training_steps: int = _field(1500, "training steps after behaviour cloning")
@@ -64,7 +68,14 @@ class PolicyLearningConfig:
         for name in ("batch_size", "recorded_batch_size", "rollouts_per_task", "on_policy_every", "policy_steps"):
             if getattr(self, name) < 1:
                 problems.append(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        for name in ("cloning_steps", "training_steps", "subtb_lambda", "learning_rate", "path_weight", "subtb_weight"):
+        for name in (
+            "cloning_steps",
+            "training_steps",
+            "subtb_lambda",
+            "learning_rate",
+            "path_weight",
+            "subtb_weight",
+        ):
             if not getattr(self, name) >= 0:
                 problems.append(f"`{name}` must be at least 0, got {getattr(self, name)}")
         for name in ("contrast", "optimizer_dropout", "dropout", "path_prefix_weight"):

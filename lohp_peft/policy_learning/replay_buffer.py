@@ -52,7 +52,7 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only, so that it can be saved without pickle."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for i, item in enumerate(self.rollouts):
             f = item.features
             parts = {"states": item.states, "losses": item.losses, "set": f.set, "labels": f.labels}

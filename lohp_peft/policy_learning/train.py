@@ -1,6 +1,7 @@
 """Stage 2 as one call: recorded trajectories in, a policy folder out."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lohp_peft.adapters import base_model_fingerprint
+from lohp_peft.cards import is_hub_id
 from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, ReferenceSet
 from lohp_peft.policy_learning.config import PolicyLearningConfig
 from lohp_peft.policy_learning.recordings import Recordings, fit_scales
@@ -23,14 +25,15 @@ from lohp_peft.tasks import (
     TaskFeatures,
     TextEncoder,
     contrast_groups,
-
     fit_reference,
     tokenizer_fingerprint,
 )
 from lohp_peft.trajectories import TrajectoryDataset
 
+LOG_FILE, LOG_EVERY = "log.jsonl", 10
 REFERENCE_SHOTS = 16
 NORMALIZER_EPISODES = 200
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -43,6 +46,7 @@ class TrainingPlan:
     cloning_steps: int
     training_steps: int
     policy_parameters: int
+
 
 def plan_training(
     tasks: Sequence[Task],
@@ -59,8 +63,15 @@ def plan_training(
     policy = LoHpPolicy(_policy_config(dataset, config, embedding_size=1, module_features=2 * dataset.space.r))
     hybrid = 0 if config.preset == "behaviour_cloning" else config.training_steps
     return TrainingPlan(
-        len(tasks), len(validation_tasks), len(dataset), contrast_groups(tasks), config.cloning_steps, hybrid, policy.num_parameters()
+        len(tasks),
+        len(validation_tasks),
+        len(dataset),
+        contrast_groups(tasks),
+        config.cloning_steps,
+        hybrid,
+        policy.num_parameters(),
     )
+
 
 def train_policy(
     tasks: Sequence[Task],
@@ -100,6 +111,7 @@ def train_policy(
     accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
     console = console or Console(stderr=True)
     output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
     dataset.check_matches(space=encoder.space, base_fingerprint=base_model_fingerprint(encoder.base_model))
     _check_recorded(tasks, dataset)
     recordings = Recordings.from_trajectories(list(dataset), config.policy_steps, config.final_weights_only)
@@ -120,10 +132,13 @@ def train_policy(
         history: list[dict[str, float]] = []
         bar = progress.add_task("policy learning", total=None)
 
-        def log(step: int, scalars: dict[str, float]) -> None:
+        def log(step: int, scalars: Mapping[str, float]) -> None:
             shown = {k: scalars[k] for k in ("cloning", "subtb", "path", "validation_accuracy") if k in scalars}
             text = " ".join(f"{k} {v:.3f}" for k, v in shown.items())
             progress.update(bar, completed=step, description=f"policy learning | {text}")
+            if accelerator.is_main_process and (step % LOG_EVERY == 0 or "validation_loss" in scalars):
+                with open(output_dir / LOG_FILE, "a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in scalars.items()}}) + "\n")
             if "validation_loss" in scalars:
                 history.append({"step": step, **scalars})
 
@@ -148,6 +163,7 @@ def train_policy(
     accelerator.wait_for_everyone()
     return policy
 
+
 def build_policy(
     encoder: TextEncoder,
     bank: TaskBank,
@@ -162,22 +178,29 @@ def build_policy(
     settings = _policy_config(
         dataset, config, embedding_size=statistics.embeddings.shape[-1], module_features=statistics.modules.shape[-1]
     )
+    recorded_name = getattr(getattr(encoder.base_model, "config", None), "_name_or_path", "")
+    settings.base_model_name = _public_name(recorded_name) or settings.base_model_name
     settings.optimizers = list(recordings.optimizer_names)
     settings.pooling, settings.max_text_length = encoder.pooling, encoder.max_length
     settings.tokenizer_fingerprint = tokenizer_fingerprint(encoder.tokenizer)
     policy = LoHpPolicy(settings)
     policy.set_space(dataset.space)
-    reference = fit_reference([s[torch.arange(min(len(s), 200))] for s in bank.statistics.values()], settings.principal_directions)
+    reference = fit_reference(
+        [s[torch.arange(min(len(s), 200))] for s in bank.statistics.values()], settings.principal_directions
+    )
     for name, tensor in policy.feature_reference.named_buffers():
         tensor.copy_(reference[name])
     generator = torch.Generator().manual_seed(config.seed)
     episodes = [sampler.sample(generator) for _ in range(NORMALIZER_EPISODES)]
-    features = TaskFeatures.stack([bank.features(e.support, e.support_labels, e.n_classes, reference) for e in episodes])
+    features = TaskFeatures.stack(
+        [bank.features(e.support, e.support_labels, e.n_classes, reference) for e in episodes]
+    )
     policy.normalize_set.fit(features.set)
     policy.normalize_labels.fit(features.labels)
     policy.normalize_modules.fit(features.modules.flatten(1))
     fit_scales(policy, recordings)
     return policy
+
 
 def build_reference_set(policy: LoHpPolicy, bank: TaskBank, recordings: Recordings) -> ReferenceSet:
     """Adapters and features of the training tasks, for baselines and controls."""
@@ -191,9 +214,11 @@ def build_reference_set(policy: LoHpPolicy, bank: TaskBank, recordings: Recordin
     families = tuple(bank.tasks[name].family for name in best)
     return ReferenceSet(tuple(best), families, torch.stack(list(best.values())), TaskFeatures.stack(features))
 
+
 def draw_rows(labels: torch.Tensor, n_classes: int, shots: int) -> torch.Tensor:
     """The first `shots` rows of every class (rows are in random order already)."""
     return torch.cat([(labels == c).nonzero().flatten()[:shots] for c in range(n_classes)])
+
 
 def _policy_config(
     dataset: TrajectoryDataset, config: PolicyLearningConfig, embedding_size: int, module_features: int
@@ -203,7 +228,7 @@ def _policy_config(
         space_kind=dataset.space.kind,
         r=dataset.space.r,
         state_shape=list(dataset.space.shape),
-        base_model_name=Path(dataset.manifest.base_model_name).name,
+        base_model_name=_public_name(dataset.manifest.base_model_name),
         base_fingerprint=dataset.manifest.base_fingerprint,
         head=config.head,
         ridge=config.ridge,
@@ -218,6 +243,12 @@ def _policy_config(
         preset=config.preset,
     )
 
+
+def _public_name(name: str) -> str:
+    """A Hub id as it is; of a folder only its own name, for its path means nothing elsewhere."""
+    return name if is_hub_id(name) else Path(name).name
+
+
 def _check_recorded(tasks: Sequence[Task], dataset: TrajectoryDataset) -> None:
     names = {task.name for task in tasks}
     strangers = sorted(set(dataset.keys()) - names)
@@ -227,13 +258,23 @@ def _check_recorded(tasks: Sequence[Task], dataset: TrajectoryDataset) -> None:
             f"have no task among the {len(names)} given. Pass the tasks that were recorded."
         )
 
+
 def _progress(console: Console, accelerator: Accelerator) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not accelerator.is_main_process)
 
+
 def _table(history: Sequence[dict[str, float]]) -> Table:
     table = Table(title="Policy learning: validation tasks")
-    columns = ("step", "validation_loss", "validation_accuracy", "path", "subtb", "recorded/residual", "on_policy/residual")
+    columns = (
+        "step",
+        "validation_loss",
+        "validation_accuracy",
+        "path",
+        "subtb",
+        "recorded/residual",
+        "on_policy/residual",
+    )
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
     for row in history:

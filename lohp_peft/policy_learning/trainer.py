@@ -104,7 +104,7 @@ class LoHpTrainer:
     def training_step(self) -> dict[str, float]:
         """One update; returns its scalars."""
         self.policy.train()
-        torch.manual_seed(self._key("dropout"))
+        torch.manual_seed(self._key("dropout", self.accelerator.process_index))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self._schedule()
         with self.accelerator.autocast():
@@ -118,16 +118,16 @@ class LoHpTrainer:
         norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
         if not torch.isfinite(loss) or not torch.isfinite(norm):
             raise RuntimeError(
-                f"Policy learning diverged at training step {self.step}: loss {float(loss)}, gradient norm "
-                f"{float(norm)}. Lower `learning_rate`, raise `kl_target`'s temperature or lower `subtb_weight`."
+                f"Policy learning diverged at training step {self.step}: loss {loss.item()}, gradient norm {norm.item()}. "
+                "Lower `learning_rate`, `kl_target` (which raises the temperature) or `subtb_weight`."
             )
         self.optimizer.step()
-        return {"loss": float(loss), "grad_norm": float(norm), **scalars}
+        return {"loss": loss.item(), "grad_norm": norm.item(), **scalars}
 
     def _cloning_phase(self) -> tuple[Tensor, dict[str, float]]:
         index, features, optimizers = self._recorded_batch()
         loss = cloning_loss(self.policy, self.recordings.states[index], features, optimizers, self._generator("noise"))
-        return loss, {"cloning": float(loss)}
+        return loss, {"cloning": loss.item()}
 
     def _hybrid_phase(self) -> tuple[Tensor, dict[str, float]]:
         config, scalars = self.config, {}
@@ -135,7 +135,7 @@ class LoHpTrainer:
         states = self.recordings.states[index]
         cloning = cloning_loss(self.policy, states, features, optimizers, self._generator("noise"))
         loss = config.cloning_weight * cloning
-        scalars["cloning"] = float(cloning)
+        scalars["cloning"] = cloning.item()
         if config.subtb_weight > 0:
             batches = self._segments(index, features, optimizers)
             progress = (self.step - config.cloning_steps) / max(config.training_steps, 1)
@@ -146,11 +146,11 @@ class LoHpTrainer:
                     batches, weights, lam=config.subtb_lambda, robust_delta=config.robust_delta
                 )
                 loss = loss + config.subtb_weight * subtb / config.robust_delta**2
-                scalars |= {"subtb": float(subtb), **{name: float(x) for name, x in diagnostics.items()}}
+                scalars |= {"subtb": subtb.item(), **{name: float(x) for name, x in diagnostics.items()}}
         if config.preset == "lohp+path":
             path = self._path_loss()
             loss = loss + config.path_weight * path
-            scalars["path"] = float(path)
+            scalars["path"] = path.item()
         return loss, scalars
 
     def _path_loss(self) -> Tensor:
@@ -160,7 +160,7 @@ class LoHpTrainer:
         states = rollout(self.policy, features)
         losses, _ = self.bank.episode_losses(episodes, states[:, -1:], head=self.config.head, ridge=self.config.ridge)
         loss = losses.mean()
-        if self.config.path_prefix_weight > 0:
+        if self.config.path_prefix_weight > 0 and self.config.policy_steps > 1:
             generator = self._generator("prefix")
             k = 1 + int(torch.randint(self.config.policy_steps - 1, (1,), generator=generator))
             early, _ = self.bank.episode_losses(
@@ -171,7 +171,8 @@ class LoHpTrainer:
 
     def _segments(self, index: Tensor, features: TaskFeatures, optimizers: Tensor) -> dict:
         """Recorded, spliced and on-policy segments of this step."""
-        hide = None if self.config.mode == "on_policy" else optimizers
+        if self.reference is None:
+            raise RuntimeError("The frozen behaviour clone does not exist before the hybrid phase.")
         made = {}
         if self.config.mode != "on_policy":
             made["recorded"] = segments(
@@ -180,7 +181,7 @@ class LoHpTrainer:
                 self.recordings.states[index],
                 self.recordings.losses[index],
                 features,
-                hide,
+                optimizers,
                 self.temperature,
                 self._task_indices(index),
             )
@@ -194,7 +195,11 @@ class LoHpTrainer:
                     states = torch.stack([item.states for item in batch])
                     losses = torch.stack([item.losses for item in batch])
                     of = TaskFeatures.stack([item.features for item in batch])
-                    made[source] = segments(self.policy, self.reference, states, losses, of, None, self.temperature)
+                    # Rollouts of one support set share their features, bit for bit.
+                    tasks = torch.unique(of.labels, dim=0, return_inverse=True)[1]
+                    made[source] = segments(
+                        self.policy, self.reference, states, losses, of, None, self.temperature, tasks
+                    )
         return made
 
     @torch.no_grad()
@@ -211,7 +216,11 @@ class LoHpTrainer:
             index = self.recordings.sample(1, generator, self.sampler.rows)
             name = self.recordings.tasks[int(index)]
             episode = self.sampler.whole_task_episode(name, generator)
-            prefix = 1 + int(torch.randint(config.policy_steps - 1, (1,), generator=generator)) if config.policy_steps > 1 else 0
+            prefix = (
+                1 + int(torch.randint(config.policy_steps - 1, (1,), generator=generator))
+                if config.policy_steps > 1
+                else 0
+            )
             features = repeat_features(self._features([episode]), config.rollouts_per_task)
             recorded = self.recordings.states[index, : prefix + 1].expand(config.rollouts_per_task, -1, -1, -1)
             states = rollout(self.policy, features, prefix=recorded, noise=1.0, generator=generator)
@@ -224,7 +233,9 @@ class LoHpTrainer:
             [episode], states.flatten(0, 1)[None], head=self.config.head, ridge=self.config.ridge
         )
         losses = losses.view(states.shape[:2])
-        losses = (losses / losses[:, :1].clamp(min=1e-6) if prefix == 0 else losses / self._start_loss(episode)).clamp(max=2.0)
+        losses = (losses / losses[:, :1].clamp(min=1e-6) if prefix == 0 else losses / self._start_loss(episode)).clamp(
+            max=2.0
+        )
         each = [TaskFeatures(features.set[i], features.labels[i], features.modules[i]) for i in range(len(states))]
         return [Rollout(states[i], losses[i], each[i], prefix) for i in range(len(states))]
 
@@ -238,13 +249,16 @@ class LoHpTrainer:
         self.reference = copy.deepcopy(self.policy).eval().requires_grad_(False)
         if self.config.mode == "off_policy" or self.config.subtb_weight == 0:
             final = self.recordings.losses[:, -1]
-            spread = [final[[i for i, t in enumerate(self.recordings.tasks) if t == n]] for n in set(self.recordings.tasks)]
+            spread = [
+                final[[i for i, t in enumerate(self.recordings.tasks) if t == n]] for n in set(self.recordings.tasks)
+            ]
             variance = torch.stack([x.var() for x in spread if len(x) > 1] or [final.var()]).mean()
             self.temperature = max(float((variance / (2 * self.config.kl_target)).sqrt()), 1e-3)
             return
         with torch.no_grad():
             final = []
-            for episode in self._episodes("temperature", 6):
+            for i in range(6):  # the same episodes in every process, so that they agree on the temperature
+                episode = self.sampler.sample(self._generator("temperature", i))
                 features = repeat_features(self._features([episode]), self.config.rollouts_per_task)
                 states = rollout(self.reference, features, noise=1.0, generator=self._generator("temperature"))
                 final.append([r.losses[-1] for r in self._scored(episode, states, features, 0)])
@@ -304,7 +318,9 @@ class LoHpTrainer:
         mine = json.loads(json.dumps(asdict(self.config)))
         differ = {k: (record["config"].get(k), v) for k, v in mine.items() if record["config"].get(k) != v}
         if differ:
-            raise ValueError(f"The checkpoint in {folder} has other settings, (checkpoint, now): {differ}. Use a new folder.")
+            raise ValueError(
+                f"The checkpoint in {folder} has other settings, (checkpoint, now): {differ}. Use a new folder."
+            )
         groups: dict[str, dict[str, Tensor]] = {}
         for name, tensor in load_file(folder / record["file"], device=str(self.accelerator.device)).items():
             kind, _, rest = name.partition(".")
@@ -325,7 +341,7 @@ class LoHpTrainer:
 
     def _recorded_batch(self) -> tuple[Tensor, TaskFeatures, Tensor]:
         """Recorded runs with features of fresh support draws; optimizer tokens are hidden at random."""
-        generator = self._generator("recorded")
+        generator = self._generator("recorded", self.accelerator.process_index)
         index = self.recordings.sample(self._share(self.config.recorded_batch_size), generator, self.sampler.rows)
         episodes = [self.sampler.whole_task_episode(self.recordings.tasks[int(i)], generator) for i in index]
         hidden = torch.rand(len(index), generator=generator) < self.config.optimizer_dropout

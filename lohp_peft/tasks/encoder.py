@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lohp_peft.adapters.injection import injected
+from lohp_peft.adapters.layout import base_of
 from lohp_peft.adapters.space import WeightSpace
 from lohp_peft.tasks.features import TextStatistics
 
@@ -79,7 +80,8 @@ class TextEncoder:
     (Ours: halves the cost of an episode when the upper half is adapted; exact, tested against the whole model).
 
     Args:
-        base_model: A transformers encoder or decoder, frozen; it is used in evaluation mode and left as it was.
+        base_model: A transformers encoder or decoder, frozen, or a `PeftModel` around one, whose adapter then counts
+            as part of it; it is used in evaluation mode and left as it was.
         tokenizer: Its tokenizer.
         space: Weight space whose modules live in `base_model`.
         pooling: `"mean"` over tokens (sentence encoders), `"first"` token, or `"last"` token (decoders).
@@ -105,12 +107,11 @@ class TextEncoder:
         if pooling not in POOLINGS:
             raise ValueError(f"`pooling` must be one of {list(POOLINGS)}, got {pooling!r}.")
         space.layout.check_fits(base_model)
-        self.base_model, self.tokenizer, self.space = base_model, tokenizer, space
+        self.base_model, self.tokenizer, self.space = base_of(base_model), tokenizer, space
         self.pooling, self.max_length, self.batch_size, self.dtype = pooling, max_length, batch_size, dtype
         self.layers, self.first_layer = self._find_layers()
         self._hidden: Tensor | None = None
-        self._mask: Tensor | None = None
-        self._before_chunk = None
+        self._before_chunk: Callable[[EncodedTexts], None] | None = None
 
     def _find_layers(self) -> tuple[nn.ModuleList | None, int]:
         """The stack that holds every target module and the index of its first adapted layer."""
@@ -130,13 +131,14 @@ class TextEncoder:
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
-        training = self.base_model.training
+        training = [module for module in self.base_model.modules() if module.training]
         self.base_model.eval()
         try:
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
                 yield
         finally:
-            self.base_model.train(training)
+            for module in training:
+                module.training = True
 
     def prepare(self, texts: Sequence[str], texts_b: Sequence[str] | None = None) -> EncodedTexts:
         """Tokenize and run the frozen layers below the first adapted one, without gradients.
@@ -195,9 +197,9 @@ class TextEncoder:
         with self._evaluation(), self._replay():
             for rows in self._chunks(encoded):
                 part = encoded[rows]
-                self._hidden, self._mask = part.hidden, part.attention_mask
+                self._hidden = part.hidden
                 if self._before_chunk is not None:
-                    self._before_chunk()
+                    self._before_chunk(part)
                 if states is None:
                     tokens = self._run(part)
                 else:
@@ -215,10 +217,15 @@ class TextEncoder:
             state: The adapter to measure at, shape (modules, width), or `None` for the base model (open loop).
         """
         kept: list[dict[int, Tensor]] = []
+        masks: list[Tensor] = []
+
+        def begin(part: EncodedTexts) -> None:
+            kept.append({})
+            masks.append(part.attention_mask)
 
         def keep(index):
             def hook(_module, args, output):
-                mask = self._mask[..., None].to(output.dtype)
+                mask = masks[-1][..., None].to(output.dtype)
                 weight = mask / mask.sum(1, keepdim=True)
                 sides = ((args[0], self.space.input_basis(index)), (output, self.space.output_basis(index)))
                 means = [(x * weight).sum(1) @ basis.to(x.dtype) for x, basis in sides if basis is not None]
@@ -228,7 +235,7 @@ class TextEncoder:
 
         modules = [self.base_model.get_submodule(spec.name) for spec in self.space.layout.modules]
         handles = [module.register_forward_hook(keep(i)) for i, module in enumerate(modules)]
-        self._before_chunk = lambda: kept.append({})
+        self._before_chunk = begin
         try:
             embeddings = self.embed(encoded, None if state is None else state[None])
         finally:
@@ -277,16 +284,24 @@ class TextEncoder:
             return args[0] if args else kwargs["hidden_states"]
 
         def feed(_module, args, kwargs):
+            if self._hidden is None:
+                raise ValueError(
+                    "These texts lack the hidden states of this encoder's frozen layers; `prepare` them with it."
+                )
             if args:
                 return (self._hidden.to(args[0].dtype), *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": self._hidden.to(kwargs["hidden_states"].dtype)}
 
         handle = self.layers[self.first_layer].register_forward_pre_hook(feed, with_kwargs=True)
+        replaced = [vars(layer).get("forward") for layer in skipped]
         for layer in skipped:
             layer.forward = passthrough
         try:
             yield
         finally:
+            self._hidden = None
             handle.remove()
-            for layer in skipped:
+            for layer, forward in zip(skipped, replaced, strict=True):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward

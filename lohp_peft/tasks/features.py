@@ -66,9 +66,15 @@ def fit_reference(statistics: Sequence[TextStatistics], directions: int = 64) ->
 
     Args:
         statistics: One entry per training task.
-        directions: Number `p` of principal directions.
+        directions: Number `p` of principal directions, at most the size of an embedding.
+
+    Raises:
+        ValueError: When there are fewer texts than directions.
     """
     x = torch.cat([normalize(s.embeddings.float(), dim=-1) for s in statistics])
+    directions = min(directions, x.shape[1])
+    if len(x) < directions:
+        raise ValueError(f"{directions} principal directions need at least as many texts, got {len(x)}.")
     mean = x.mean(0)
     _, _, axes = torch.linalg.svd(x - mean, full_matrices=False)
     axes = axes[:directions].T.contiguous()
@@ -76,7 +82,7 @@ def fit_reference(statistics: Sequence[TextStatistics], directions: int = 64) ->
     return {
         "embedding_mean": mean,
         "axes": axes,
-        "axes_std": ((x - mean) @ axes).std(0),
+        "axes_std": ((x - mean) @ axes).std(0).clamp(min=1e-6),
         "module_mean": modules.mean(0),
         "module_std": modules.std(0).clamp(min=1e-6),
     }

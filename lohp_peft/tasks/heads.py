@@ -11,7 +11,7 @@ HEADS = ("ridge", "prototype")
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier on embeddings: `logits = scale * (normalize(x) - mean) @ weight.T + bias`.
+    """A linear classifier on L2-normalised embeddings: `logits = normalize(x) @ weight.T + bias`.
 
     Args:
         weight: Shape (classes, d).

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,9 @@ class Examples:
             raise ValueError(f"Examples need one entry per text: {len(self.texts)} texts, but got {wrong}.")
         bad = sorted({y for y in self.labels if not 0 <= y < len(self.label_names)})
         if bad:
-            raise ValueError(f"Labels must be in 0..{len(self.label_names) - 1} ({len(self.label_names)} names), got {bad}.")
+            raise ValueError(
+                f"Labels must be in 0..{len(self.label_names) - 1} ({len(self.label_names)} names), got {bad}."
+            )
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -83,7 +86,9 @@ class Examples:
             elif isinstance(row.get("label"), bool) or not isinstance(row.get("label"), str | int):
                 problems.append(f"row {i}: 'label' must be a string or an int, got {row.get('label')!r}")
             elif (row.get("text_b") is not None) != pair or (pair and not isinstance(row["text_b"], str)):
-                problems.append(f"row {i}: 'text_b' must be a string in all rows or in none, got {row.get('text_b')!r}")
+                problems.append(
+                    f"row {i}: 'text_b' must be a string in all rows or in none, got {row.get('text_b')!r}"
+                )
         kinds = {type(row["label"]).__name__ for row in rows if isinstance(row, Mapping) and "label" in row}
         if not problems and len(kinds) > 1:
             problems.append(f"labels must be all strings or all ints, got {sorted(kinds)}")
@@ -140,10 +145,12 @@ class Task:
                         rows.append(json.loads(line))
                     except json.JSONDecodeError as error:
                         problems.append(f"line {number}: {error.msg}")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise ValueError(f"Cannot read task file {path}: {error}") from error
         if problems or not rows:
-            raise ValueError(f"Task file {path} is not JSON lines: " + ("; ".join(problems[:20]) or "it has no rows") + ".")
+            raise ValueError(
+                f"Task file {path} is not JSON lines: " + ("; ".join(problems[:20]) or "it has no rows") + "."
+            )
         try:
             examples = Examples.from_rows(rows)
         except ValueError as error:
@@ -159,7 +166,9 @@ class Task:
         """
         rows = [i for i, split in enumerate(self.splits) if split == name]
         if not rows:
-            raise ValueError(f"Task {self.name!r} has no rows in split {name!r}; its splits are {sorted(set(self.splits))}.")
+            raise ValueError(
+                f"Task {self.name!r} has no rows in split {name!r}; its splits are {sorted(set(self.splits))}."
+            )
         return self.examples.select(rows)
 
     def draw_support(self, shots: int, seed: int, split: str = "train") -> Examples:

@@ -39,7 +39,8 @@ class EpisodeSampler:
 
     Args:
         labels: Class index of every row, by task.
-        groups: Tasks with one and the same label set; pooled, they can be labelled by class or by task.
+        groups: Tasks with one and the same label set; pooled, they can be labelled by class or by task. Tasks with a
+            class of fewer than four rows are left out.
         contrast: Share of contrast episodes (Ours: 0.3, DESIGN measurements).
         merge: Share of the remaining episodes whose classes are merged into two or three.
         max_classes: Most classes in an episode.
@@ -75,7 +76,8 @@ class EpisodeSampler:
         if not self.rows:
             raise ValueError("No task has two classes with at least four rows each.")
         self.names = list(self.rows)
-        self.groups = [kept for group in groups if len(kept := [n for n in group if n in self.rows]) > 1]
+        whole = {name for name, by_class in self.rows.items() if len(by_class) == int(labels[name].max()) + 1}
+        self.groups = [kept for group in groups if len(kept := [n for n in group if n in whole]) > 1]
         self.contrast, self.merge, self.max_classes = contrast if self.groups else 0.0, merge, max_classes
         self.support_size, self.query_size, self.max_shots = support_size, query_size, max_shots
 
@@ -111,7 +113,9 @@ class EpisodeSampler:
     def contrast_episode(self, names: Sequence[str], by_task: bool, generator: torch.Generator) -> Episode:
         """The pooled texts of several tasks, labelled by task or by their common classes."""
         cells = [
-            ((name, rows), i if by_task else c) for i, name in enumerate(names) for c, rows in enumerate(self.rows[name])
+            ((name, rows), i if by_task else c)
+            for i, name in enumerate(names)
+            for c, rows in enumerate(self.rows[name])
         ]
         n_classes = len(names) if by_task else max(len(self.rows[name]) for name in names)
         return self._draw(cells, n_classes, "contrast", generator)
@@ -136,7 +140,7 @@ class EpisodeSampler:
 
 
 def contrast_groups(tasks: Sequence[Task], max_classes: int = 3) -> list[list[str]]:
-    """Names of tasks that share one set of label names, in groups of two or more.
+    """Names of tasks that share their label names, in one order, in groups of two or more.
 
     Pooled, their texts can be labelled by class or by task: two conflicting tasks out of the same texts.
     """
@@ -144,11 +148,13 @@ def contrast_groups(tasks: Sequence[Task], max_classes: int = 3) -> list[list[st
     for task in tasks:
         names = task.examples.label_names
         if len(names) <= max_classes and task.examples.texts_b is None:
-            groups.setdefault(tuple(sorted(names)), []).append(task.name)
+            groups.setdefault(names, []).append(task.name)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def contrast_task(tasks: Sequence[Task], by_task: bool, name: str, split: str = "train", rows_per_task: int = 200) -> Task:
+def contrast_task(
+    tasks: Sequence[Task], by_task: bool, name: str, split: str = "train", rows_per_task: int = 200
+) -> Task:
     """The pooled rows of several tasks with one label set, labelled by class or by task, as a task of its own.
 
     Raises:

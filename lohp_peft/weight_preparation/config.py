@@ -13,7 +13,7 @@ from lohp_peft.weight_preparation.optimizers import hyperparameters
 class WeightPreparationConfig:
     """What to record: every task with every optimizer and every seed.
 
-    Defaults are Ours unless said otherwise: chosen for about a second of recording per run on a small encoder.
+    Defaults are Ours unless said otherwise: runs that are still descending when they end, at seconds a run on one core.
     """
 
     optimizers: tuple[str, ...] = field(

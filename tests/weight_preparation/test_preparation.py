@@ -46,7 +46,10 @@ def test_one_shard_a_task_with_every_optimizer_and_seed(tasks, encoder, tmp_path
 
 
 def test_runs_lower_the_loss(encoder, tmp_path, quiet):
-    config = WeightPreparationConfig(optimizers=("adamw", "sam"), optimizer_steps=40, record_every=10)
+    slow = {name: {"lr": 0.02} for name in ("adamw", "sam")}
+    config = WeightPreparationConfig(
+        optimizers=("adamw", "sam"), optimizer_steps=40, record_every=10, hyperparameters=slow
+    )
     dataset = prepare_trajectories([build_task("spam", rows=80)], encoder, tmp_path / "out", config, console=quiet)
     for run in dataset:
         assert run.losses[-1] < run.losses[0]

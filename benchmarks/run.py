@@ -1,0 +1,53 @@
+"""Run the benchmark suites one after the other, each in a process of its own: `make bench` or `python -m benchmarks.run`.
+
+Only suites without a result run, unless `--again`. The tables of the READMEs are written at the end.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SUITES = {
+    "few_shot": ("few_shot.py", "{work}/few_shot", "--processes", "2"),
+    "few_shot_validation": ("few_shot.py", "{work}/few_shot_validation", "--split", "validation", "--processes", "2"),
+    "contrast": ("contrast.py",),
+    "latency": ("latency.py",),
+    "recorder": ("recorder/run.py",),
+}
+"""By the name of the result file: the script and its arguments. `subtb/` and `shipped_policy/` have their own READMEs."""
+
+
+def command(suite: str, work: Path) -> list[str]:
+    """The command of one suite."""
+    script, *arguments = SUITES[suite]
+    return [sys.executable, str(HERE / script), *(a.format(work=work) for a in arguments)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", help=f"which of {', '.join(SUITES)}; all by default")
+    parser.add_argument("--again", action="store_true", help="also where there is a result")
+    parser.add_argument("--work", type=Path, default=Path("temporary_results"), help="folder of unfinished suites")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help=argparse.SUPPRESS)
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.suites) - set(SUITES))
+    if unknown:
+        parser.error(f"no suite is called {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    for suite in options.suites or SUITES:
+        if (options.results / f"{suite}.json").exists() and not options.again:
+            print(f"{suite}: has a result", flush=True)
+            continue
+        line = command(suite, options.work)
+        print(f"{suite}: {' '.join(Path(word).name if word == sys.executable else word for word in line)}", flush=True)
+        if not options.dry_run:
+            subprocess.run(line, check=True)
+    if not options.dry_run:
+        subprocess.run([sys.executable, str(HERE / "tables.py"), "--write"], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What a benchmark measures and where it ran: the policy with its base model, and the record in every result file."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from text_suite import minilm
+from transformers import AutoModel, AutoTokenizer
+
+from lohp_peft import LoHpPolicy
+from lohp_peft.tasks import TextEncoder
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "lohp-peft")
+
+
+def load_base_model(name: str, attention: str = "sdpa"):
+    """The embedded base model for `minilm`, else a folder's; with its tokenizer."""
+    if name == "minilm":
+        return minilm(attention)
+    model = AutoModel.from_pretrained(name, attn_implementation=attention).eval().requires_grad_(False)
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def load_subject(policy: str, base_model: str):
+    """Policy, base model and tokenizer."""
+    return LoHpPolicy.from_pretrained(policy), *load_base_model(base_model)
+
+
+def encoder_of(policy: LoHpPolicy, model, tokenizer, dtype: torch.dtype | None = None) -> TextEncoder:
+    """Base model in the policy's weight space, as the policy was trained."""
+    config = policy.config
+    return TextEncoder(
+        model, tokenizer, policy.space, pooling=config.pooling, max_length=config.max_text_length, dtype=dtype
+    )
+
+
+def describe_policy(policy: LoHpPolicy) -> dict[str, Any]:
+    """Which policy it was, by the content of its tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(policy.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return {"preset": policy.config.preset, "policy_steps": policy.config.policy_steps, "sha256": digest.hexdigest()}
+
+
+def environment() -> dict[str, Any]:
+    """Date, commit, machine and versions; no paths."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": _commit(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
+    }
+
+
+def write_json(target: Path, content: Any) -> None:
+    """Write a JSON file at once or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(target)
+
+
+def _commit() -> str | None:
+    """The commit of the working tree, marked when the tree differs from it; `None` outside a repository."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=here)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!README.md")
+    return f"{commit}+changes" if commit and changed else commit
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,212 @@
+"""The tables in the READMEs, generated from `benchmarks/results/*.json`.
+
+`python benchmarks/tables.py` prints them, `--write` puts each between its marks, `<!-- results:begin NAME -->` and
+`<!-- results:end -->`, and `--check` fails where a README differs from its results.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+BLOCK = re.compile(r"(<!-- results:begin (\w+) -->\n).*?(<!-- results:end -->)", re.DOTALL)
+NAMES = {
+    "none": "no adapter",
+    "mean_adapter": "mean of the training adapters",
+    "nearest_adapter": "nearest training task's adapter",
+    "generated": "**generated**",
+    "generated_raw": "generated, raw rollout",
+    "wrong_task": "control: raw, conditioned on the wrong task",
+    "shuffled_labels": "control: raw, labels shuffled",
+    "adamw": "AdamW on the same examples",
+    "ours": "**generated, raw rollout**",
+    "ours_swapped": "control: conditioned on the other labeling",
+    "floor": "one adapter trained on both labelings",
+    "specialist": "specialist for this labeling",
+    "wrong_specialist": "specialist for the other labeling",
+}
+
+
+def few_shot(result: Mapping[str, Any]) -> str:
+    """Methods, then paired differences."""
+    settings, tasks = result["settings"], result["tasks"]
+    rows = [
+        (NAMES.get(name, name), percent(row["accuracy"]), percent(row["macro_f1"]), f"{row['seconds']:.2f}")
+        for name, row in result["methods"].items()
+    ]
+    differences = [
+        (name, signed(row["mean"]), f"{signed(row['low'])} to {signed(row['high'])}", f"{row['tasks_better']} of {len(tasks)}")
+        for name, row in result["differences"].items()
+    ]
+    note = (
+        f"{len(tasks)} {'held-out' if settings['split'] == 'test' else settings['split']} tasks, {settings['shots']} "
+        f"examples per class, {settings['draws']} draws, at most {settings['max_test']} test texts; AdamW takes "
+        f"{settings['adamw_steps']} steps at {settings['adamw_learning_rate']:g}. Seconds: median task, from examples to "
+        f"adapter and head, {result['processes']} x {result['threads']} threads. {where(result)}"
+    )
+    return "\n\n".join(
+        (
+            table(("", "accuracy, %", "macro F1, %", "seconds"), rows),
+            table(("difference in accuracy", "points", "95 % interval over tasks", "tasks where better"), differences),
+            note,
+        )
+    )
+
+
+def few_shot_tasks(result: Mapping[str, Any]) -> str:
+    """One row a task."""
+    methods = list(result["methods"])
+    rows = [
+        (name, task["family"], str(task["classes"]), *(percent(task["methods"][m]["accuracy"]) for m in methods))
+        for name, task in sorted(result["tasks"].items(), key=lambda item: (item[1]["family"], item[0]))
+    ]
+    return table(("task", "family", "classes", *(method.replace("_", " ") for method in methods)), rows)
+
+
+def contrast(result: Mapping[str, Any]) -> str:
+    """Both labelings side by side."""
+    labelings, settings = result["labelings"], result["settings"]
+    rows = [
+        (NAMES[name], *(with_error(labelings[labeling][name]) for labeling in labelings))
+        for name in next(iter(labelings.values()))
+    ]
+    note = (
+        f"Texts of {', '.join(settings['domains'])} pooled; {settings['shots']} examples per class, {settings['draws']} "
+        f"draws (+- standard error of their mean), {settings['test_texts']} test texts. {where(result)}"
+    )
+    header = ("accuracy, %", *(f"labelled by {labeling}" for labeling in labelings))
+    return f"{table(header, rows)}\n\n{note}"
+
+
+def latency(result: Mapping[str, Any]) -> str:
+    """One row a setting."""
+    rows = [
+        (
+            str(row["classes"]),
+            str(row["texts"]),
+            f"{row['generated']:.2f}",
+            f"{row['adamw']:.2f}",
+            f"{row['ratio']:.1f}",
+        )
+        for row in result["rows"]
+    ]
+    settings = result["settings"]
+    note = (
+        f"Median of {settings['repeats']} alternating calls, {settings['threads']} threads; AdamW takes "
+        f"{settings['adamw_steps']} steps. Median ratio {result['ratio_median']:.1f}. {where(result)}"
+    )
+    return f"{table(('classes', 'texts', 'generated, s', 'AdamW, s', 'ratio'), rows)}\n\n{note}"
+
+
+def adamw(result: Mapping[str, Any]) -> str:
+    """The grid on validation tasks."""
+    rates, steps = ([*dict.fromkeys(key.split("/")[i] for key in result["accuracy"])] for i in (0, 1))
+    rows = [(rate, *(percent(result["accuracy"][f"{rate}/{step}"]) for step in steps)) for rate in rates]
+    best = result["best"]
+    note = f"{len(result['tasks'])} validation tasks; best: {best['steps']} steps at {best['learning_rate']:g}."
+    return f"{table(('learning rate', *(f'{step} steps' for step in steps)), rows)}\n\n{note}"
+
+
+def recorder(result: Mapping[str, Any]) -> str:
+    """The recorder's overhead in a sentence."""
+    return (
+        f"Share of a training step spent inside the recorder: {100 * result['share_of_step_inside_recorder']:.2f} %; "
+        f"time with / without it: {result['ratio_median']:.3f} (median of {result['settings']['pairs']} pairs). "
+        f"{result['date']}, {result['cores']} {result['device'].upper()} cores."
+    )
+
+
+def subtb(result: Mapping[str, Any]) -> str:
+    """The objective against torchgfn in a sentence."""
+    setting = result["setting"]
+    return (
+        f"Largest difference of loss and gradients from torchgfn: {result['max_abs_diff']:.0e} in {setting['dtype']}; at "
+        f"least {result['min_ratio']:.1f} times as fast at {setting['time']} transitions, batch {setting['batch']}. "
+        f"{result['date']}."
+    )
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "few_shot": ("few_shot", few_shot),
+    "few_shot_tasks": ("few_shot", few_shot_tasks),
+    "few_shot_validation": ("few_shot_validation", few_shot),
+    "contrast": ("contrast", contrast),
+    "latency": ("latency", latency),
+    "adamw": ("adamw", adamw),
+    "recorder": ("recorder", recorder),
+    "subtb": ("subtb", subtb),
+}
+"""By the name of the block: its result file and what is made of it."""
+
+
+def block(name: str, results: Path = RESULTS) -> str:
+    """The content of a block."""
+    if name not in BLOCKS:
+        raise SystemExit(f"No block is called {name!r}; there are {', '.join(BLOCKS)}.")
+    source, render = BLOCKS[name]
+    file = results / f"{source}.json"
+    if not file.exists():
+        return f"Not measured yet: `benchmarks/results/{source}.json` does not exist.\n"
+    return render(json.loads(file.read_text(encoding="utf-8"))) + "\n"
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """A document with every block filled."""
+    return BLOCK.sub(lambda match: match[1] + block(match[2], results) + match[3], text)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def signed(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def with_error(row: Mapping[str, Any]) -> str:
+    error = row.get("standard_error")
+    return percent(row["accuracy"]) + ("" if error is None else f" +- {100 * error:.1f}")
+
+
+def where(result: Mapping[str, Any]) -> str:
+    """Date, machine and commit in a few words."""
+    found = result["environment"]
+    commit = f", commit {found['commit'][:10]}" if found["commit"] else ""
+    return f"{found['date']}, {found['cores']} {found['device'].upper()} cores, torch {found['versions']['torch']}{commit}."
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    marks = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, marks, *rows))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--write", action="store_true", help="fill the blocks of the READMEs")
+    action.add_argument("--check", action="store_true", help="fail where a README differs from its results")
+    options = parser.parse_args(arguments)
+    stale = []
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        if filled(text) != text:
+            stale.append(document.name if document.parent == ROOT else f"{document.parent.name}/{document.name}")
+            if options.write:
+                document.write_text(filled(text), encoding="utf-8")
+    if options.check and stale:
+        sys.exit(f"{', '.join(stale)} differ from the results; run `python benchmarks/tables.py --write`.")
+    if options.write:
+        print("Changed: " + (", ".join(stale) or "nothing"))
+    elif not options.check:
+        print("\n".join(f"## {name}\n\n{block(name)}" for name in BLOCKS))
+
+
+if __name__ == "__main__":
+    main()

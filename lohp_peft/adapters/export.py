@@ -1,0 +1,239 @@
+"""Generated adapters as plain LoRA folders, which load without this package."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lohp_peft.adapters.layout import AdapterLayout
+from lohp_peft.adapters.space import Adapter
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+HEAD_FILE = "head.safetensors"
+PROVENANCE_FILE = "lohp_provenance.json"
+
+
+@dataclass(frozen=True)
+class GenerationRecord:
+    """What an adapter folder says of its generation beside the adapter itself.
+
+    Args:
+        provenance: Values that JSON can hold; no texts.
+        head: `weight` (classes, d) and `bias` (classes,) of the classifier on pooled embeddings, or `None`.
+    """
+
+    provenance: Mapping[str, Any]
+    head: Mapping[str, Tensor] | None = None
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Write `lohp_provenance.json` and, where there is a head, `head.safetensors`; a head of before is removed."""
+        folder = Path(folder)
+        text = json.dumps(self.provenance, indent=2, allow_nan=False)
+        (folder / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
+        if self.head is None:
+            (folder / HEAD_FILE).unlink(missing_ok=True)
+        else:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.items()}
+            save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
+
+
+def plain_lora_config(
+    base_model_name_or_path: str | None,
+    layout: AdapterLayout | Iterable[str],
+    r: int,
+    task_type: str | None = None,
+    **fields: Any,
+) -> LoraConfig:
+    """The configuration of a LoRA of one rank with scaling 1 on the modules of a layout.
+
+    Args:
+        base_model_name_or_path: Hub id or folder of the base model.
+        layout: Target modules, or their dotted names.
+        r: Rank of every module; `lora_alpha` equals it.
+        task_type: PEFT's task type, such as `"FEATURE_EXTRACTION"`.
+        **fields: Further fields of `LoraConfig`.
+    """
+    names = [spec.name for spec in layout.modules] if isinstance(layout, AdapterLayout) else list(layout)
+    return LoraConfig(
+        base_model_name_or_path=base_model_name_or_path,
+        target_modules=names,
+        r=r,
+        lora_alpha=r,
+        task_type=task_type,
+        inference_mode=True,
+        **fields,
+    )
+
+
+def save_plain_lora(
+    folder: str | os.PathLike,
+    adapter: Adapter,
+    config: LoraConfig,
+    *,
+    record: GenerationRecord | None = None,
+    allow_identity: bool = False,
+) -> Path:
+    """Write an adapter as a LoRA of one rank and scaling 1; smaller ranks are padded with zeros, which is exact.
+
+    Args:
+        folder: Folder to write; created when it does not exist.
+        adapter: By module name `lora_A` (rank, d_in) and `lora_B` (d_out, rank) with the scaling folded in.
+        config: From `plain_lora_config`.
+        record: Provenance and head to write beside it.
+        allow_identity: Whether an adapter that changes nothing may be written, as after an abstention.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: When the configuration is not of one rank and scaling 1, the adapter covers other modules than its
+            targets, a rank is larger than the configuration's, values are not finite, or the adapter is all zero.
+    """
+    problems = _problems(adapter, config)
+    if not problems and not allow_identity and not any(a.any() and b.any() for a, b in adapter.values()):
+        problems.append(
+            "every update is zero, so it would change nothing; pass `allow_identity=True` if that is meant"
+        )
+    if problems:
+        raise ValueError("The adapter cannot be exported: " + "; ".join(problems) + ".")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, (a, b) in adapter.items():
+        rows = config.r - a.shape[0]
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.nn.functional.pad(a.detach().cpu(), (0, 0, 0, rows)).contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = torch.nn.functional.pad(b.detach().cpu(), (0, rows)).contiguous()
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+    if record is not None:
+        record.write(folder)
+    return folder
+
+
+def save_uniform_lora(model: PeftModel, folder: str | os.PathLike, adapter_name: str = "default") -> Path:
+    """Write an adapter of a model in the form that servers and hot swapping need.
+
+    One rank (smaller ones are padded), scaling 1 (folded into `lora_B`), no patterns and no `modules_to_save`.
+
+    Args:
+        model: Model with a LoRA or LOHP adapter on linear layers.
+        folder: Folder to write. Not one inside a trainer's checkpoint, which would read it as another adapter.
+        adapter_name: The adapter.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: When `model` is no `PeftModel`.
+        ValueError: Listing everything that this form cannot hold, or when the adapter changes nothing.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"Only adapters of a PeftModel can be exported, got {type(model).__name__}.")
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"`adapter_name` must be one of {sorted(model.peft_config)}, got {adapter_name!r}.")
+    adapter, problems = {}, []
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.scaling:
+            continue
+        problem = unsupported(layer, adapter_name)
+        if problem:
+            problems.append(f"{name}: {problem}")
+            continue
+        dtype = torch.promote_types(layer.lora_A[adapter_name].weight.dtype, torch.float32)
+        a, b = (side[adapter_name].weight.detach().to(dtype) for side in (layer.lora_A, layer.lora_B))
+        adapter[name] = (a, b * layer.scaling[adapter_name])
+    if problems:
+        raise ValueError(f"A uniform LoRA cannot hold {len(problems)} modules: {'; '.join(problems)}.")
+    rank = max((a.shape[0] for a, _ in adapter.values()), default=1)
+    current = model.peft_config[adapter_name]
+    name = current.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None) or None
+    task_type = current.task_type if current.modules_to_save is None else None
+    config = plain_lora_config(name, adapter, rank, task_type, fan_in_fan_out=current.fan_in_fan_out)
+    return save_plain_lora(folder, adapter, config)
+
+
+def unsupported(layer: LoraLayer, adapter_name: str) -> str | None:
+    """Why a LoRA layer's update is not `scaling * B @ A` of a linear layer, or `None` when it is."""
+    if adapter_name not in layer.lora_A:
+        return "an embedding or a layer without lora_A"
+    if layer.lora_A[adapter_name].weight.dim() != 2:
+        return "not a linear layer"
+    if adapter_name in layer.lora_variant:
+        return f"uses {type(layer.lora_variant[adapter_name]).__name__}"
+    if layer.lora_B[adapter_name].bias is not None:
+        return "has lora_bias"
+    return None
+
+
+def _problems(adapter: Adapter, config: LoraConfig) -> list[str]:
+    """Everything that keeps an adapter from being written under a configuration."""
+    problems = []
+    if config.lora_alpha != config.r or config.use_rslora or config.rank_pattern or config.alpha_pattern:
+        problems.append(
+            f"the configuration must have lora_alpha == r and neither use_rslora nor patterns, got r={config.r}, "
+            f"lora_alpha={config.lora_alpha}, use_rslora={config.use_rslora}, rank_pattern={config.rank_pattern}, "
+            f"alpha_pattern={config.alpha_pattern}"
+        )
+    targets = set(config.target_modules or ())
+    if not adapter:
+        problems.append("it matches no module")
+    if set(adapter) != targets:
+        problems.append(
+            f"it covers {sorted(set(adapter) - targets)} beside the targets, and lacks {sorted(targets - set(adapter))}"
+        )
+    for name, (a, b) in adapter.items():
+        if a.shape[0] != b.shape[1] or a.shape[0] > config.r:
+            problems.append(f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} are not of one rank up to {config.r}")
+        if not (a.isfinite().all() and b.isfinite().all()):
+            problems.append(f"{name}: values that are not finite")
+    return problems
+
+
+def provenance_of(
+    report: Mapping[str, Any], label_names: Iterable[str], policy_name: str | None = None
+) -> dict[str, Any]:
+    """What a folder tells of a generation: where it came from and how it was chosen, no texts, no local paths.
+
+    Args:
+        report: A `GenerationReport` as a dict.
+        label_names: Class names in the order of the head's or classifier's rows.
+        policy_name: Name the policy was asked for by; that of its folder by default.
+    """
+    policy = report["policy"]
+    name, _, revision = str(policy_name or policy["name"] or "in memory").partition("@")
+    if Path(name).is_absolute() or Path(name).exists():
+        name = Path(name).name  # where it lies on this machine is nobody's business
+    scores = {c["name"]: _finite(c["score"]) for c in report["candidates"]}
+    provenance = {
+        "policy": name,
+        "revision": revision or None,
+        "preset": policy["preset"],
+        "base_fingerprint": policy["base_fingerprint"],
+        "seed": report["config"]["seed"],
+        "policy_steps": report["policy_steps"],
+        "chosen": report["chosen"],
+        "candidates": list(scores),
+        "scores": scores,
+        "nearest_task": report["nearest_task"],
+        "label_names": list(label_names),
+        "support": dict(report["support"]),
+        "pooling": policy["pooling"],
+        "max_length": policy["max_length"],
+    }
+    if report["abstained"]:
+        provenance["reason"] = report["reason"].rstrip(".")
+    return provenance
+
+
+def _finite(score: float | None) -> float | None:
+    return score if score is not None and math.isfinite(score) else None

@@ -1,0 +1,150 @@
+"""Reading adapters that PEFT saved: one folder, or the checkpoints of a training run."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
+
+
+def read_plain_lora(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read a LoRA folder, with every module's scaling folded into `lora_B`.
+
+    Args:
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`. Weights of `modules_to_save`, such
+            as a classifier, are left out: they are no update of a target module.
+
+    Returns:
+        By module name `lora_A` (r, d_in) and `lora_B` (d_out, r), float32 (float64 where they are stored so).
+
+    Raises:
+        ValueError: When a file is missing or damaged, the folder is no LoRA of linear layers, or listing every entry
+            that is not understood, not finite, of the wrong shape or of another rank than the configuration says.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder)
+    kept_apart = tuple(config.get("modules_to_save") or ())
+    halves: dict[str, dict[str, Tensor]] = {}
+    problems = []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is not None:
+            halves.setdefault(match[1], {})[match[2]] = tensor
+        elif not any(f".{name}." in f".{key}" for name in kept_apart):
+            problems.append(f"{key}: neither lora_A nor lora_B of a linear layer")
+    adapter = {}
+    for name, sides in halves.items():
+        problem = _problem(sides, rank := _of_pattern(config, "rank_pattern", "r", name))
+        if problem:
+            problems.append(f"{name}: {problem}")
+            continue
+        alpha = _of_pattern(config, "alpha_pattern", "lora_alpha", name)
+        scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        a, b = (side.to(torch.promote_types(side.dtype, torch.float32)) for side in (sides["A"], sides["B"]))
+        adapter[name] = (a, b * scaling)
+    if not halves:
+        problems.append("it has no lora_A or lora_B")
+    if problems:
+        raise ValueError(f"The adapter in {folder} cannot be read as a plain LoRA: {'; '.join(problems)}.")
+    return adapter
+
+
+def read_checkpoints(run: str | Path) -> list[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:
+    """Read the adapters of a training run from its `checkpoint-<optimizer step>` folders, in the order of the steps.
+
+    Args:
+        run: Output folder of a `transformers.Trainer`.
+
+    Returns:
+        Optimizer steps and adapters, see `read_plain_lora`.
+
+    Raises:
+        ValueError: When there is no checkpoint, listing all that cannot be read, or when they cover different modules.
+    """
+    run = Path(run)
+    folders = sorted(
+        (int(match[1]), path)
+        for path in (run.iterdir() if run.is_dir() else ())
+        if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+    )
+    if not folders:
+        raise ValueError(f"{run} holds no folder named checkpoint-<optimizer step>.")
+    adapters, problems = [], []
+    for step, folder in folders:
+        try:
+            adapters.append((step, read_plain_lora(folder)))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(" ".join(problems))
+    first = set(adapters[0][1])
+    changed = [f"checkpoint-{step}" for step, adapter in adapters if set(adapter) != first]
+    if changed:
+        raise ValueError(
+            f"The checkpoints of one run must adapt the same modules; {', '.join(changed)} differ from "
+            f"checkpoint-{adapters[0][0]}. Read them from separate folders."
+        )
+    return adapters
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not an adapter folder: cannot read {CONFIG_FILE} ({error}).") from error
+    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "LOHP"):
+        found = config.get("peft_type") if isinstance(config, dict) else None
+        raise ValueError(f"Only adapters of type LORA can be read, but {folder / CONFIG_FILE} has {found!r}.")
+    wrong = [
+        f"{name}={config.get(name)!r}"
+        for name in ("r", "lora_alpha")
+        if isinstance(config.get(name), bool) or not isinstance(config.get(name), int | float) or config[name] <= 0
+    ]
+    if wrong:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} needs positive numbers `r` and `lora_alpha`, got {', '.join(wrong)}."
+        )
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no {WEIGHTS_FILE}; only safetensors are read. Save the adapter again with "
+            "`safe_serialization=True`."
+        )
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return {key: stream.get_tensor(key) for key in stream.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}).") from error
+
+
+def _of_pattern(config: dict[str, Any], pattern: str, default: str, name: str) -> float:
+    """A module's entry of `rank_pattern` or `alpha_pattern`, by PEFT's own matching."""
+    patterns = config.get(pattern) or {}
+    return patterns.get(get_pattern_key(list(patterns), name), config[default])
+
+
+def _problem(sides: dict[str, Tensor], rank: float) -> str | None:
+    if set(sides) != {"A", "B"}:
+        return f"only lora_{next(iter(sides))}"
+    a, b = sides["A"], sides["B"]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        return f"A {tuple(a.shape)} and B {tuple(b.shape)} are not of one rank"
+    if a.shape[0] != rank:
+        return f"rank {a.shape[0]}, but the configuration says {rank}"
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return "values that are not finite"
+    return None

@@ -1,0 +1,205 @@
+"""Writing adapters into the LoRA layers of a model, and closed-form heads into its classifier."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraConfig, LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from lohp_peft.adapters.export import unsupported
+from lohp_peft.adapters.layout import AdapterLayout, linear_shape
+from lohp_peft.adapters.space import Adapter
+
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@contextmanager
+def only_active(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
+    """Run a model under one of its adapters, or under none; what was active and what is trained stays as it was."""
+    modules = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(m, m._disable_adapters, m._active_adapter) for m in modules]
+    for module in modules:
+        module._disable_adapters = adapter_name is None
+        if adapter_name is not None:
+            missing = isinstance(module, ModulesToSaveWrapper) and adapter_name not in module.modules_to_save
+            module._active_adapter = [] if missing else [adapter_name]
+    try:
+        yield
+    finally:
+        for module, disabled, active in before:
+            module._disable_adapters, module._active_adapter = disabled, active
+
+
+def check_writable(
+    model: nn.Module, names: Iterable[str], r: int, adapter_name: str, config: LoraConfig
+) -> dict[str, LoraLayer]:
+    """The LoRA layers that an adapter of rank `r` on modules `names` can be written into, by name.
+
+    Raises:
+        ValueError: Listing everything about the model's adapter that stands in the way.
+    """
+    init = config.init_lora_weights
+    problems = []
+    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
+        problems.append(f"init_lora_weights={init!r} changes the base weights the policy was trained on")
+    present = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling
+    }
+    merged = [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer) and layer.merged]
+    if merged:
+        problems.append(f"an adapter is merged into {merged}; unmerge it first")
+    wanted = set(names)
+    lacking = sorted(wanted - set(present))
+    if lacking:
+        problems.append(f"adapter {adapter_name!r} lacks the policy's modules {lacking}, it has {sorted(present)}")
+    for name, layer in present.items():
+        if name not in wanted:
+            if _changes_output(layer, adapter_name):
+                problems.append(f"{name} is no module of the policy, but its update is not zero")
+            continue
+        is_dora = isinstance(layer.lora_variant.get(adapter_name), DoraLinearVariant)
+        problem = None if is_dora else unsupported(layer, adapter_name)
+        if problem is None and linear_shape(layer) is None:
+            problem = "not a linear layer"
+        if problem is None and layer.r[adapter_name] < r:
+            problem = f"rank {layer.r[adapter_name]} is below the policy's {r}"
+        if problem is None and not layer.scaling[adapter_name]:
+            problem = "its scaling is 0"
+        if problem:
+            problems.append(f"{name}: {problem}")
+    if problems:
+        raise ValueError("Weights cannot be generated into this model: " + "; ".join(problems) + ".")
+    return {name: present[name] for name in present if name in wanted}
+
+
+@torch.no_grad()
+def write_adapter(layers: dict[str, LoraLayer], adapter: Adapter, adapter_name: str, config: LoraConfig) -> None:
+    """Set the layers' matrices so that `scaling * B @ A` is the adapter's update.
+
+    Half-precision matrices become float32, as PEFT trains them. In layers of larger rank the further rows of A stay and
+    their columns of B are zero. A magnitude vector (DoRA) is set to the norms of the adapted weight, so that the
+    layer computes `W + scaling * B @ A` exactly.
+
+    Args:
+        layers: From `check_writable`.
+        adapter: `lora_A` (r, d_in) and `lora_B` (d_out, r) by module name, scaling folded in.
+        adapter_name: The model's name for the adapter.
+        config: Its configuration.
+    """
+    for name, layer in layers.items():
+        a, b = adapter[name]
+        old = layer.lora_A[adapter_name].weight
+        device = layer.get_base_layer().weight.device if old.is_meta else old.device
+        rows = torch.zeros(old.shape, device=device) if old.is_meta else old.detach().float().clone()
+        rows[: a.shape[0]] = a.to(rows)
+        columns = torch.zeros(layer.lora_B[adapter_name].weight.shape, device=device)
+        columns[:, : b.shape[1]] = b.to(columns) / layer.scaling[adapter_name]
+        _set(layer.lora_A[adapter_name], rows)
+        _set(layer.lora_B[adapter_name], columns)
+        if adapter_name in layer.lora_variant:
+            layer.lora_variant[adapter_name].init(layer, adapter_name=adapter_name, config=config)
+
+
+def classifier_linear(model: nn.Module, adapter_name: str, n_labels: int) -> nn.Linear:
+    """The linear layer that gives the logits, in the adapter's own copy of the classifier.
+
+    Raises:
+        ValueError: When the model has no such layer or several.
+    """
+    copies = {
+        name: module.modules_to_save[adapter_name]
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    }
+    found = {}
+    for name, copy in copies.items():
+        linears = [m for m in copy.modules() if isinstance(m, nn.Linear) and m.out_features == n_labels]
+        if linears:
+            found[name] = linears[-1]
+    if len(found) != 1:
+        raise ValueError(
+            f"Adapter {adapter_name!r} needs one classifier with {n_labels} outputs among its `modules_to_save`, found "
+            f"{sorted(found) or 'none'} among {sorted(copies) or 'none'}."
+        )
+    return next(iter(found.values()))
+
+
+@torch.no_grad()
+def classifier_features(model: nn.Module, linear: nn.Linear, batches: Iterable[dict[str, Any]]) -> Tensor:
+    """What a model's classifier reads, shape (n, d): its logits with the last linear layer left out."""
+    handle = linear.register_forward_hook(lambda _module, args, _output: args[0])
+    training = model.training
+    model.eval()
+    try:
+        return torch.cat([model(**batch).logits.float() for batch in batches])
+    finally:
+        model.train(training)
+        handle.remove()
+
+
+@torch.no_grad()
+def write_classifier(linear: nn.Linear, features: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Set the classifier to a head that was solved on L2-normalised features.
+
+    A classifier cannot normalise, so the weights are divided by the mean norm of the features; without a bias of its
+    own, it carries the head's along the mean feature (Ours: both exact where features have one norm and one mean).
+
+    Args:
+        linear: From `classifier_linear`.
+        features: From `classifier_features`, shape (n, d).
+        weight: Shape (classes, d).
+        bias: Shape (classes,).
+    """
+    weight = weight / features.norm(dim=-1).mean().clamp(min=1e-12)
+    if linear.bias is None:
+        mean = features.mean(0)
+        # classes without examples have a bias of minus infinity, near enough
+        weight = weight + bias.clamp(min=-100)[:, None] * mean / mean.square().sum().clamp(min=1e-12)
+    else:
+        linear.bias.copy_(bias)
+    linear.weight.copy_(weight)
+
+
+def backbone_of(model: nn.Module, layout: AdapterLayout) -> tuple[nn.Module, str]:
+    """The part of a model that a layout names the modules of, and the prefix of its names in the model.
+
+    Raises:
+        ValueError: When the layout fits neither the model nor its backbone, listing every difference.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    candidates = [(model, "")]
+    if prefix and isinstance(getattr(model, prefix, None), nn.Module):
+        candidates.insert(0, (getattr(model, prefix), f"{prefix}."))
+    for candidate, name in candidates:
+        try:
+            layout.check_fits(candidate)
+        except ValueError as error:
+            reason = error
+        else:
+            return candidate, name
+    raise reason
+
+
+def _set(linear: nn.Linear, value: Tensor) -> None:
+    weight = linear.weight
+    value = value.to(torch.promote_types(weight.dtype, torch.float32))
+    if weight.is_meta:
+        linear.weight = nn.Parameter(value, requires_grad=weight.requires_grad)
+    else:
+        weight.data = value
+
+
+def _changes_output(layer: LoraLayer, adapter_name: str) -> bool:
+    pairs = [(layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)]
+    for a, b in pairs:
+        if adapter_name in a:
+            sides = [getattr(side[adapter_name], "weight", side[adapter_name]) for side in (a, b)]
+            return not sides[0].is_meta and all(bool(side.any()) for side in sides)
+    return True

@@ -1,0 +1,396 @@
+"""`LoHpModel`: LoRA layers whose weights a policy writes once; the policy is no part of the model."""
+
+import copy
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, _check_lora_target_modules_mamba
+from peft.utils import PeftType
+from peft.utils.other import set_additional_trainable_modules
+from torch import nn
+
+from lohp_peft.adapters.export import GenerationRecord
+from lohp_peft.adapters.layout import AdapterLayout
+from lohp_peft.adapters.writing import (
+    backbone_of,
+    check_writable,
+    classifier_features,
+    classifier_linear,
+    only_active,
+    write_adapter,
+    write_classifier,
+)
+from lohp_peft.config import LoHpConfig, RecordedLoraConfig, generation_record, keep_record
+
+if TYPE_CHECKING:
+    from lohp_peft.generation import GenerationConfig, GenerationReport, Support
+    from lohp_peft.policy import LoHpPolicy
+
+_DEFAULT_RANK = 8
+
+
+class LoHpModel(LoraModel):
+    """Creates a LoRA model whose weights a learned policy generates from a few labelled examples.
+
+    Injection starts as the identity. `generate_adapter` runs the policy, forward-only, and writes ordinary `lora_A` and
+    `lora_B`; what is saved afterwards is a plain LoRA. Without a policy this is LoRA.
+
+    Args:
+        model ([`torch.nn.Module`]): The model to be adapted.
+        config ([`LoHpConfig`]): The configuration of the model.
+        adapter_name (`str`): The name of the adapter.
+
+    Returns:
+        `torch.nn.Module`: The model with LoRA layers.
+
+    Example:
+        ```py
+        >>> from peft import get_peft_model
+        >>> from lohp_peft import LoHpConfig
+        >>> model = get_peft_model(base_model, LoHpConfig(policy="shipped", task_type="FEATURE_EXTRACTION"))
+        >>> report = model.generate_adapter(support, tokenizer=tokenizer)
+        >>> model.save_pretrained("my-adapter")
+        ```
+
+    **Attributes**:
+        - **model** ([`torch.nn.Module`]) -- The model to be adapted.
+        - **peft_config** ([`LoHpConfig`]) -- The configurations by adapter name.
+    """
+
+    _merging = False
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """See `LoraModel`; takes rank and targets from the policy and generates when the configuration has a support."""
+        config = self.peft_config[adapter_name]
+        policy = None
+        if _starts_from_policy(config) and not self._merging:
+            # a copy: one configuration may serve several models
+            config = self.peft_config[adapter_name] = copy.copy(config)
+            keep_record(config, None)
+            policy = load_policy(config.policy_id)
+            follow_policy(config, policy, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if policy is None or config.support is None or not config.init_weights:
+            return
+        if any(p.is_meta for name, p in model.named_parameters() if "lora_" in name):
+            return  # generated when asked for: there are no weights yet
+        if config.modules_to_save:
+            # made now rather than later, so that the head has a place; PEFT keeps the copies that it finds
+            set_additional_trainable_modules(
+                model=self, peft_config=config, model_config=self.get_model_config(self), adapter_name=adapter_name
+            )
+        self.generate_adapter(read_support_file(config.support), adapter_name=adapter_name, policy=policy)
+
+    def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
+        as_lora = copy.copy(peft_config)
+        as_lora.peft_type = PeftType.LORA  # the check knows LoRA by its type only
+        _check_lora_target_modules_mamba(as_lora, model, target_name)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any
+    ) -> None:
+        """See `LoraModel`; the combination is saved as a plain LoRA when one of its parts was generated."""
+        existed = adapter_name in self.peft_config
+        self._merging = True
+        try:
+            super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+        finally:
+            self._merging = False
+        if existed:
+            return
+        config = self.peft_config[adapter_name]
+        parts = {name: generation_record(self.peft_config[name]) for name in adapters}
+        if isinstance(config, LoHpConfig) and any(parts.values()):
+            config.support = None
+            generated = {name: dict(record.provenance) for name, record in parts.items() if record is not None}
+            keep_record(config, GenerationRecord({"combined": dict(zip(adapters, weights, strict=True)), **generated}))
+
+    def generate_adapter(
+        self,
+        support: "Support",
+        tokenizer: Any = None,
+        adapter_name: str | None = None,
+        config: "GenerationConfig | None" = None,
+        policy: "LoHpPolicy | str | None" = None,
+    ) -> "GenerationReport":
+        """Generate an adapter's weights from labelled examples, without gradients.
+
+        In a sequence classification model the classifier's trainable copy is solved in closed form as well; for feature
+        extraction the head is kept with the adapter, see `adapter_head`, and saved as `head.safetensors`.
+
+        Args:
+            support: Rows `{text[, text_b], label}`, a `datasets.Dataset` with these columns, or `Examples`.
+            tokenizer: Tokenizer of the base model; loaded from where the base model came from by default.
+            adapter_name: The adapter to write; the active one by default.
+            config: Settings of the generation; policy steps, candidates and seed of the `LoHpConfig` by default.
+            policy: The policy or its name; that of the `LoHpConfig` by default.
+
+        Returns:
+            What was generated, why, and whether the policy abstained.
+
+        Raises:
+            ValueError: When policy, base model, tokenizer, adapter or labels do not fit, naming both sides.
+        """
+        from lohp_peft.generation import GenerationConfig
+
+        name = self._one_adapter(adapter_name)
+        mine = self.peft_config[name]
+        if policy is None:
+            policy = getattr(mine, "policy_id", None)
+        if policy is None:
+            raise ValueError(f"Adapter {name!r} has no policy; pass `policy` here or to its LoHpConfig.")
+        if config is None:
+            config = GenerationConfig(
+                policy_steps=mine.policy_steps, num_candidates=mine.num_candidates, seed=mine.seed
+            )
+        report, record = _generate(self, name, policy, support, tokenizer, config)
+        self.peft_config[name] = copy.copy(mine)  # the caller's object may serve other models
+        keep_record(self.peft_config[name], record)
+        return report
+
+    def adapter_head(self, adapter_name: str | None = None) -> Any:
+        """The closed-form head on pooled embeddings that was solved with an adapter, or `None`."""
+        from lohp_peft.generation import Head
+
+        record = generation_record(self.peft_config[self._one_adapter(adapter_name)])
+        return None if record is None or record.head is None else Head(**record.head)
+
+    def _one_adapter(self, adapter_name: str | None) -> str:
+        if adapter_name is None:
+            active = self.active_adapters
+            if len(active) != 1:
+                raise ValueError(f"`adapter_name` is needed unless one adapter is active, got active {active}.")
+            return active[0]
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"`adapter_name` must be one of {sorted(self.peft_config)}, got {adapter_name!r}.")
+        return adapter_name
+
+
+def initialize_lohp_weights(
+    peft_model: PeftModel,
+    policy: "LoHpPolicy | str",
+    support: "Support",
+    *,
+    tokenizer: Any = None,
+    adapter_name: str = "default",
+    config: "GenerationConfig | None" = None,
+) -> "GenerationReport":
+    """Write generated weights into a model with a plain `LoraConfig`, as `initialize_lora_eva_weights` does for EVA.
+
+    Args:
+        peft_model: From `get_peft_model` with a `LoraConfig` that covers the policy's modules with at least its rank.
+        policy: The policy or its name.
+        support: See `LoHpModel.generate_adapter`.
+        tokenizer: Tokenizer of the base model; loaded from where the base model came from by default.
+        adapter_name: The adapter to write.
+        config: Settings of the generation.
+
+    Returns:
+        What was generated, why, and whether the policy abstained.
+
+    Raises:
+        TypeError: When the model has no LoRA tuner.
+        ValueError: When policy, base model, tokenizer, adapter or labels do not fit, naming both sides.
+    """
+    tuner = getattr(peft_model, "base_model", None)
+    if not isinstance(peft_model, PeftModel) or type(tuner) not in (LoraModel, LoHpModel):
+        raise TypeError(
+            f"`peft_model` must be a PeftModel with a LoraConfig, got {type(peft_model).__name__} around "
+            f"{type(tuner).__name__}."
+        )
+    if isinstance(tuner, LoHpModel):
+        return tuner.generate_adapter(support, tokenizer, adapter_name, config, policy)
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(f"`adapter_name` must be one of {sorted(tuner.peft_config)}, got {adapter_name!r}.")
+    report, record = _generate(tuner, adapter_name, policy, support, tokenizer, config)
+    recorded = copy.copy(tuner.peft_config[adapter_name])
+    recorded.__class__ = RecordedLoraConfig
+    keep_record(recorded, record)
+    tuner.peft_config[adapter_name] = recorded
+    return report
+
+
+def to_plain_lora(peft_model: PeftModel) -> PeftModel:
+    """Turn a LOHP model into a LoRA model in place: other LoRA adapters can then be loaded beside its own.
+
+    Raises:
+        TypeError: When it is no LOHP model.
+    """
+    if not isinstance(peft_model, PeftModel) or type(peft_model.base_model) is not LoHpModel:
+        raise TypeError(f"`peft_model` must be a PeftModel with a LoHpConfig, got {type(peft_model).__name__}.")
+    tuner = peft_model.base_model
+    for name, config in tuner.peft_config.items():
+        if isinstance(config, LoHpConfig):
+            tuner.peft_config[name] = config.to_lora_config()
+    tuner.__class__ = LoraModel
+    peft_model.peft_type = PeftType.LORA
+    return peft_model
+
+
+def load_policy(policy: "LoHpPolicy | str") -> "LoHpPolicy":
+    """A policy by its name, or the policy itself."""
+    if not isinstance(policy, str):
+        return policy
+    from lohp_peft.generation import LoHpPolicy
+    from lohp_peft.hub import find_policy
+
+    return LoHpPolicy.from_pretrained(find_policy(policy)).eval()
+
+
+def follow_policy(config: LoHpConfig, policy: "LoHpPolicy", model: nn.Module) -> None:
+    """Take `r`, `lora_alpha` and `target_modules` from the policy where they are at their defaults.
+
+    Raises:
+        ValueError: When the model has not the policy's modules, or a field was set to something else, naming both sides.
+    """
+    _, prefix = backbone_of(model, policy.layout)
+    names = [prefix + spec.name for spec in policy.layout.modules]
+    r, problems = policy.config.r, []
+    for name in ("r", "lora_alpha"):
+        if getattr(config, name) not in (_DEFAULT_RANK, r):
+            problems.append(f"`{name}` is {getattr(config, name)}, the policy's is {r}")
+        setattr(config, name, r)
+    if config.rank_pattern or config.alpha_pattern:
+        problems.append(f"the policy has one rank and alpha, got {config.rank_pattern} and {config.alpha_pattern}")
+    if config.target_modules is None:
+        config.target_modules = set(names)
+    else:
+        layout = AdapterLayout.from_model(model, config.target_modules, config.layers_to_transform)
+        found = [spec.name for spec in layout.modules]
+        if set(found) != set(names):
+            problems.append(f"`target_modules` matches {found}, the policy's are {names}")
+    if problems:
+        raise ValueError("LoHpConfig does not fit its policy: " + "; ".join(problems) + ". Leave them out.")
+
+
+def read_support_file(source: str) -> list[dict[str, Any]]:
+    """Rows of split `train` from a file of JSON lines, plain or gzipped, or from a data set `owner/name[@commit]`.
+
+    Raises:
+        ValueError: When the file is not JSON lines, naming every malformed line.
+    """
+    path = Path(source)
+    if not path.is_file():
+        if path.suffix in (".jsonl", ".gz"):
+            raise ValueError(f"The support file {source} does not exist.")
+        from datasets import load_dataset
+
+        name, _, revision = source.partition("@")
+        return list(load_dataset(name, split="train", revision=revision or None))
+    rows, problems = [], []
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    problems.append(f"line {number}: {error.msg}")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read the support file {source}: {error}") from error
+    if problems:
+        raise ValueError(f"The support file {source} is not JSON lines: " + "; ".join(problems[:20]) + ".")
+    return [row for row in rows if not isinstance(row, dict) or row.get("split", "train") == "train"]
+
+
+def _generate(
+    tuner: BaseTuner,
+    adapter_name: str,
+    policy: "LoHpPolicy | str",
+    support: "Support",
+    tokenizer: Any,
+    config: "GenerationConfig | None",
+) -> "tuple[GenerationReport, GenerationRecord]":
+    """Generate, check everything first, then write the weights and the classifier."""
+    from lohp_peft.generation import encoder_for, generate_adapters, read_support, solve_head
+
+    peft_config, model = tuner.peft_config[adapter_name], tuner.model
+    examples, name = read_support(support), policy if isinstance(policy, str) else None
+    policy = load_policy(policy)
+    tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+    backbone, prefix = backbone_of(model, policy.layout)
+    names = [prefix + spec.name for spec in policy.layout.modules]
+    layers = check_writable(model, names, policy.config.r, adapter_name, peft_config)
+    linear, columns = None, []
+    if str(getattr(peft_config.task_type, "value", peft_config.task_type)) == "SEQ_CLS":
+        columns = _columns(model.config, examples.label_names)
+        linear = classifier_linear(model, adapter_name, model.config.num_labels)
+    with only_active(model, None):
+        encoder = encoder_for(policy, backbone, tokenizer)
+        (made,) = generate_adapters(policy, backbone, tokenizer, [examples], config, encoder=encoder)
+    write_adapter(layers, {prefix + key: pair for key, pair in made.lora.items()}, adapter_name, peft_config)
+    if linear is None:
+        is_language_model = peft_config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+        return made.report, made.record(policy_name=name, head=not is_language_model)
+    with only_active(model, adapter_name):
+        features = classifier_features(model, linear, _batches(tokenizer, examples, encoder))
+    kind = made.report.config["head"] or policy.config.head
+    labels = torch.tensor(columns, device=features.device)[examples.targets.to(features.device)]
+    head = solve_head(features, labels, model.config.num_labels, kind, ridge=policy.config.ridge)
+    write_classifier(linear, features, head.weight, head.bias)
+    label_names = [str(model.config.id2label.get(i, i)) for i in range(model.config.num_labels)]
+    for column, label in zip(columns, examples.label_names, strict=True):
+        label_names[column] = label
+    return made.report, made.record(policy_name=name, head=False, label_names=label_names)
+
+
+def _tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer that lies beside the base model."""
+    from transformers import AutoTokenizer
+
+    name = getattr(model, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"No tokenizer was found with base model {name!r}; pass `tokenizer`. ({error})") from error
+
+
+def _columns(config: Any, label_names: Sequence[str]) -> list[int]:
+    """The model's class index of each label: by its name, by its number, or in order.
+
+    Raises:
+        ValueError: When the labels do not fit the model's classes, naming both.
+    """
+    known = {str(name): int(i) for i, name in config.id2label.items()}
+    if all(name in known for name in label_names):
+        return [known[name] for name in label_names]
+    numbers = [int(name) if name.isdecimal() else -1 for name in label_names]
+    if all(0 <= number < config.num_labels for number in numbers):
+        return numbers
+    if len(label_names) == config.num_labels > 1:
+        return list(range(len(label_names)))
+    raise ValueError(
+        f"The support set has the labels {list(label_names)}, the model {config.num_labels} classes ({sorted(known)}). "
+        f"Load the model with num_labels={len(label_names)}, or with an id2label that names these labels."
+    )
+
+
+def _batches(tokenizer: Any, examples: Any, encoder: Any) -> Iterator[Any]:
+    """The texts as the policy reads them, in order."""
+    for start in range(0, len(examples), encoder.batch_size):
+        rows = slice(start, start + encoder.batch_size)
+        pairs = None if examples.texts_b is None else list(examples.texts_b[rows])
+        batch = tokenizer(
+            list(examples.texts[rows]),
+            pairs,
+            truncation=True,
+            max_length=encoder.max_length,
+            padding=True,
+            return_tensors="pt",
+        )
+        yield batch.to(encoder.device)
+
+
+def _starts_from_policy(config: LoraConfig) -> bool:
+    """Whether an adapter is new and follows a policy, rather than loaded."""
+    if not isinstance(config, LoHpConfig) or config.policy is None:
+        return False
+    return not config.inference_mode and not config.__dict__.get("_from_checkpoint")

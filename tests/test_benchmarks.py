@@ -1,0 +1,188 @@
+"""The benchmark scripts at toy size, and the tables that the READMEs show of their results."""
+
+import json
+import random
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import toy
+
+BENCHMARKS = toy.ROOT / "benchmarks"
+METHODS = ("none", "mean_adapter", "nearest_adapter", "generated", "generated_raw", "wrong_task", "shuffled_labels", "adamw")
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Loads scripts as if started from their folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return lambda name: toy.load_script(f"benchmarks/{name}.py")
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> list[str]:
+    """Arguments that name a toy policy and its base model."""
+    base_model = toy.save_base_model(tmp_path_factory.mktemp("base"))
+    policy = toy.save_policy(tmp_path_factory.mktemp("policy"), base_model)
+    return ["--policy", str(policy), "--base-model", str(base_model)]
+
+
+def result_of(file: Path) -> dict:
+    """A result file, after checking what all of them must say and must not say."""
+    text = file.read_text()
+    result = json.loads(text)
+    assert {"date", "commit", "cores", "versions"} <= set(result["environment"])
+    assert len(result["settings"]["policy"]["sha256"]) == 64
+    for part in file.parents:
+        assert len(part.name) < 4 or f"{part.name}/" not in text, f"a path in a result: {part}"
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_few_shot(scripts, subject, processes, tmp_path, monkeypatch, capsys):
+    names = ["cr", "amazon_dvd"]
+    monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", names)))
+    few_shot = scripts("few_shot")
+    line = [str(tmp_path / "work"), *subject, "--tasks", *names, "--shots", "4", "--draws", "2", "--max-test", "12"]
+    line += ["--adamw-steps", "1", "--processes", str(processes), "--output", str(tmp_path / "result.json")]
+    few_shot.main(line)
+    result = result_of(tmp_path / "result.json")
+    assert set(result["methods"]) == set(METHODS)
+    assert set(result["tasks"]) == set(names)
+    for method, row in result["methods"].items():
+        each = [result["tasks"][name]["methods"][method] for name in names]
+        assert row["accuracy"] == pytest.approx(fmean(one["accuracy"] for one in each))
+        assert all(len(one["per_draw"]) == 2 for one in each)
+
+    # continued, not repeated; and never with other settings
+    (tmp_path / "work" / "cr.json").unlink()
+    capsys.readouterr()
+    if processes == 1:
+        few_shot.main(line)
+        assert "1 of 2 tasks are done already" in capsys.readouterr().out
+        with pytest.raises(SystemExit, match="shots"):
+            few_shot.main([*line, "--shots", "3"])
+
+
+@pytest.mark.slow
+def test_contrast(scripts, subject, tmp_path, monkeypatch):
+    contrast = scripts("contrast")
+    names = [*contrast.CONTRAST_TEST, *contrast.CONTRAST_VALIDATION, *(n for g in contrast.CONTRAST_TRAINING for n in g)]
+    monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", names)))
+    line = [*subject, "--shots", "6", "--draws", "2", "--steps", "2", "--episodes", "1", "--validate-every", "1"]
+    contrast.main([*line, "--validation-draws", "1", "--no-bf16", "--output", str(tmp_path / "result.json")])
+    result = result_of(tmp_path / "result.json")
+    assert set(result["labelings"]) == {"class", "domain"}
+    for methods in result["labelings"].values():
+        assert set(methods) == {"none", "floor", "ours", "ours_swapped", "specialist", "wrong_specialist"}
+        assert all(len(row["per_draw"]) == 2 and 0 <= row["accuracy"] <= 1 for row in methods.values())
+    assert set(result["trained"]) == {"floor", "specialist_class", "specialist_domain"}
+
+
+@pytest.mark.slow
+def test_contrast_supports_are_balanced(scripts, tmp_path, monkeypatch):
+    contrast = scripts("contrast")
+    names = list(contrast.CONTRAST_TEST)
+    monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", names)))
+    pool = contrast.pool(names, max_test=30)
+    for labeling, size, cells in (("class", 2, 2), ("domain", 3, 3)):
+        support = pool.draw(6, labeling, seed=0)
+        assert len(support) == 6 * size
+        assert support.targets.bincount().tolist() == [cells] * 6  # every domain with every class
+        assert pool.labels(support.targets, labeling).bincount().tolist() == [6] * size
+    for text, cell in zip(pool.test.texts, pool.test.labels, strict=True):
+        assert (text.split()[0] in toy.GOOD) == bool(pool.labels(pool.test.targets.new_tensor(cell), "class"))
+    assert pool.test.targets.bincount().tolist() == [5] * 6
+    with pytest.raises(SystemExit, match="multiple"):
+        pool.draw(4, "class", seed=0)
+
+
+@pytest.mark.slow
+def test_latency(scripts, subject, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", ["cr"])))
+    latency = scripts("latency")
+    line = [*subject, "--tasks", "cr", "--sizes", "2", "4", "8", "--repeats", "2", "--adamw-steps", "1"]
+    latency.main([*line, "--output", str(tmp_path / "result.json")])
+    result = result_of(tmp_path / "result.json")
+    assert [row["texts"] for row in result["rows"]] == [4, 8]  # two texts are fewer than two a class
+    for row in result["rows"]:
+        assert row["ratio"] == pytest.approx(row["adamw"] / row["generated"])
+        assert len(row["all_seconds"]["adamw"]) == len(row["all_seconds"]["generated"]) == 2
+
+
+def test_bootstrap_interval(scripts):
+    few_shot = scripts("few_shot")
+    assert few_shot.bootstrap_interval([0.02] * 5) == pytest.approx((0.02, 0.02))
+    generator = random.Random(0)
+    values = [generator.gauss(1.0, 0.5) for _ in range(100)]
+    low, high = few_shot.bootstrap_interval(values)
+    assert low < fmean(values) < high
+    assert high - low == pytest.approx(4 * 0.5 / 10, rel=0.3)  # about four standard errors
+
+
+def test_run_starts_only_what_is_missing(scripts, tmp_path, capsys):
+    run = scripts("run")
+    (tmp_path / "contrast.json").write_text("{}")
+    run.main(["contrast", "latency", "--dry-run", "--results", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "contrast: has a result" in shown
+    assert "latency.py" in shown
+    assert all((BENCHMARKS / script).exists() for script, *_ in run.SUITES.values())
+    with pytest.raises(SystemExit):
+        run.main(["coffee"])
+
+
+ENVIRONMENT = {"date": "2026-01-02", "commit": "0123456789abcdef", "cores": 2, "device": "cpu", "versions": {"torch": "2"}}
+FEW_SHOT = {
+    "settings": {"split": "test", "shots": 16, "draws": 3, "max_test": 500, "adamw_steps": 20, "adamw_learning_rate": 1e-3},
+    "processes": 2,
+    "threads": 1,
+    "environment": ENVIRONMENT,
+    "methods": {
+        "none": {"accuracy": 0.6123, "macro_f1": 0.6, "seconds": 0.1},
+        "generated": {"accuracy": 0.6457, "macro_f1": 0.63, "seconds": 0.52},
+    },
+    "differences": {"generated - none": {"mean": 0.0334, "low": -0.001, "high": 0.06, "tasks_better": 1}},
+    "tasks": {
+        "cr": {
+            "family": "sentiment",
+            "classes": 2,
+            "methods": {"none": {"accuracy": 0.6123}, "generated": {"accuracy": 0.6457}},
+        }
+    },
+}
+
+
+def test_tables(scripts, tmp_path):
+    tables = scripts("tables")
+    (tmp_path / "few_shot.json").write_text(json.dumps(FEW_SHOT))
+    text = "before\n<!-- results:begin few_shot -->\nold\n<!-- results:end -->\nafter\n"
+    filled = tables.filled(text, tmp_path)
+    assert filled.startswith("before\n<!-- results:begin few_shot -->\n| ")
+    assert filled.endswith("<!-- results:end -->\nafter\n")
+    assert "| **generated** | 64.6 | 63.0 | 0.52 |" in filled
+    assert "| generated - none | +3.3 | -0.1 to +6.0 | 1 of 1 |" in filled
+    assert "commit 0123456789" in filled
+    assert "old" not in filled
+    assert tables.filled(filled, tmp_path) == filled
+    assert "Not measured yet" in tables.block("contrast", tmp_path)
+    with pytest.raises(SystemExit, match="coffee"):
+        tables.block("coffee", tmp_path)
+
+
+def test_readmes_show_the_results(scripts):
+    """Fails where a README differs from the results: `python benchmarks/tables.py --write`."""
+    tables = scripts("tables")
+    blocks = 0
+    for document in tables.DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        assert text == tables.filled(text), f"{document.name} is stale"
+        blocks += len(tables.BLOCK.findall(text))
+    assert blocks >= 5
+
+
+def test_every_result_renders(scripts):
+    tables = scripts("tables")
+    for name in tables.BLOCKS:
+        assert tables.block(name).strip()

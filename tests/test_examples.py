@@ -1,0 +1,80 @@
+"""Every example runs at toy size and shows what it says."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toy
+from lohp_peft.trajectories import TrajectoryDataset
+
+EXAMPLES = toy.ROOT / "examples"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory) -> Path:
+    return toy.save_base_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def quickstart(base_model, tmp_path_factory) -> Path:
+    """The folder that the quickstart wrote."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    toy.save_policy(folder, base_model)
+    return folder
+
+
+def test_quickstart(quickstart):
+    runs = list(TrajectoryDataset.open(quickstart / "trajectories"))
+    assert {run.task for run in runs} == {"coffee_reviews", "coffee_topic", "helpdesk_urgency"}
+    assert {run.optimizer for run in runs} == {"adamw", "sam"}
+    assert json.loads((quickstart / "policy" / "config.json").read_text())["model_type"] == "lohp_policy"
+    assert json.loads((quickstart / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_demo(quickstart, base_model, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    files = [EXAMPLES / "tasks" / f"{name}.jsonl" for name in ("coffee_reviews", "coffee_topic")]
+    demo = toy.load_script("examples/demo.py")
+    line = ["--policy", str(quickstart / "policy"), "--base-model", str(base_model), "--shots", "4", "--draws", "1"]
+    demo.main([*line, "--task", *map(str, files), "--adamw-steps", "1", "2", "--output", str(tmp_path / "out")])
+
+    shown = capsys.readouterr().out
+    for word in ("generated", "wrong task", "shuffled labels", "adamw", "stock PEFT", "demo.png"):
+        assert word in shown
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert set(report["results"]) == {"coffee_reviews", "coffee_topic"}
+    for name, found in zip(report["results"], report["stock_peft"], strict=True):
+        assert report["results"][name]["generated"]["per_draw"] == pytest.approx([found])
+        assert len(report["path_accuracy"][name]) == 5  # four policy steps and the start
+        assert report["path_accuracy"][name][0] == pytest.approx(report["results"][name]["none"]["accuracy"])
+        assert [len(point) for point in report["adamw_seconds_accuracy"][name]] == [2, 2]
+    assert (tmp_path / "out" / "coffee_topic" / "adapter_model.safetensors").exists()
+
+
+def test_the_second_process_cannot_import_this_package():
+    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import use_with_plain_peft; import lohp_peft"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "lohp_peft" in done.stderr.splitlines()[-1]
+
+
+def test_record_your_own_runs(base_model, tmp_path, capsys):
+    example = toy.load_script("examples/record_your_own_runs.py")
+    line = ["--base-model", str(base_model), "--steps", "10", "--optimizers", "adamw_torch", "sgd"]
+    example.main([*line, "--output", str(tmp_path)])
+    runs = list(TrajectoryDataset.open(tmp_path / "trajectories"))
+    assert [run.optimizer for run in runs] == ["adamw_torch", "sgd"]
+    assert [run.optimizer_steps.tolist() for run in runs] == [[0, 5, 10]] * 2
+    assert all(run.losses[-1].isfinite() for run in runs)
+    assert "Share of the last run's update" in capsys.readouterr().out
+
+
+def test_every_example_is_described():
+    """The table of examples/README.md has a row for every script, and for nothing else."""
+    listed = re.findall(r"^\| \[`([\w.]+)`\]", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in EXAMPLES.glob("*.py"))
