@@ -226,7 +226,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = RESULTS / ("contrast.json" if options.split == "test" else "contrast_validation.json")
     result = {
         "benchmark": "contrast",
-        "settings": {**settings, "domains": names, "policy": describe_policy(policy), "test_texts": len(scorer.pool.test)},
+        "settings": {
+            **settings,
+            "domains": names,
+            "policy": describe_policy(policy),
+            "test_texts": len(scorer.pool.test),
+        },
         "environment": environment(),
         "minutes": (time.perf_counter() - start) / 60,
         "trained": {

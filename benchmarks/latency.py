@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", default="shipped", help="shipped, a folder, or owner/name@commit")
     parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="NAME", help="tasks of different class counts")
+    parser.add_argument(
+        "--tasks", nargs="+", default=list(TASKS), metavar="NAME", help="tasks of different class counts"
+    )
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), metavar="TEXTS", help="support sizes")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each, after one that warms up")
     parser.add_argument("--adamw-steps", type=int, default=EvaluationConfig().adamw_steps)

@@ -33,6 +33,24 @@ NAMES = {
 }
 
 
+def headline(result: Mapping[str, Any]) -> str:
+    """The first thing a reader sees: the methods anybody could use, and what they cost."""
+    shown = ("none", "mean_adapter", "nearest_adapter", "adamw", "generated")
+    rows = [
+        (NAMES[name], percent(row["accuracy"]), f"{row['seconds']:.2f}")
+        for name in shown
+        if (row := result["methods"].get(name)) is not None
+    ]
+    return table(
+        (
+            f"{len(result['tasks'])} unseen tasks, {result['settings']['shots']} examples per class",
+            "accuracy, %",
+            "seconds",
+        ),
+        rows,
+    )
+
+
 def few_shot(result: Mapping[str, Any]) -> str:
     """Methods, then paired differences."""
     settings, tasks = result["settings"], result["tasks"]
@@ -41,7 +59,12 @@ def few_shot(result: Mapping[str, Any]) -> str:
         for name, row in result["methods"].items()
     ]
     differences = [
-        (name, signed(row["mean"]), f"{signed(row['low'])} to {signed(row['high'])}", f"{row['tasks_better']} of {len(tasks)}")
+        (
+            name,
+            signed(row["mean"]),
+            f"{signed(row['low'])} to {signed(row['high'])}",
+            f"{row['tasks_better']} of {len(tasks)}",
+        )
         for name, row in result["differences"].items()
     ]
     note = (
@@ -133,6 +156,7 @@ def subtb(result: Mapping[str, Any]) -> str:
 
 
 BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "headline": ("few_shot", headline),
     "few_shot": ("few_shot", few_shot),
     "few_shot_tasks": ("few_shot", few_shot_tasks),
     "few_shot_validation": ("few_shot_validation", few_shot),

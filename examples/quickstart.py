@@ -58,7 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Stage 1: tasks x optimizers x seeds, recorded.
     tasks = [load_task(name, family) for name, family in RECORDED.items()]
-    preparation = WeightPreparationConfig(optimizers=("adamw", "sam"), optimizer_steps=8, record_every=2, rows_per_task=96)
+    preparation = WeightPreparationConfig(
+        optimizers=("adamw", "sam"),
+        optimizer_steps=8,
+        record_every=2,
+        rows_per_task=96,
+        hyperparameters={"adamw": {"lr": 0.04}, "sam": {"lr": 0.04}},  # larger than usual: the runs are short
+    )
     recordings = prepare_trajectories(tasks, encoder, options.output / "trajectories", preparation, console=console)
 
     # Stage 2: from the recordings to a policy.
@@ -77,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     generated = generate_adapter(policy, model, tokenizer, new.draw_support(options.shots, seed=0))
     generated.save_pretrained(options.output / "adapter")
     report = generated.report
-    console.print(f"Generated {report.bytes} bytes of LoRA in {report.seconds:.2f} s: {report.chosen}. {report.reason}")
+    console.print(
+        f"Generated {report.bytes} bytes of LoRA in {report.seconds:.2f} s: {report.chosen}. {report.reason}"
+    )
 
     config = EvaluationConfig(
         shots=options.shots, draws=1, methods=("none", "mean_adapter", "generated", "generated_raw", "wrong_task")

@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base-model", default="minilm", help="minilm, a folder or a Hub id")
     parser.add_argument("--task", type=Path, default=TASK, help="task file")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of a run")
-    parser.add_argument("--optimizers", nargs="+", default=["adamw_torch", "adafactor"], help="optimizers of the Trainer")
+    parser.add_argument(
+        "--optimizers", nargs="+", default=["adamw_torch", "adafactor"], help="optimizers of the Trainer"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs") / "recordings", help="where the files go")
     options = parser.parse_args(arguments)
     path = options.base_model

@@ -27,7 +27,11 @@ def predict(texts: list[str], adapter: Path, base_model: str) -> list[str]:
     found: list[str] = []
     for start in range(0, len(texts), 64):
         batch = tokenizer(
-            texts[start : start + 64], padding=True, truncation=True, max_length=about["max_length"], return_tensors="pt"
+            texts[start : start + 64],
+            padding=True,
+            truncation=True,
+            max_length=about["max_length"],
+            return_tensors="pt",
         )
         with torch.no_grad():
             tokens = model(**batch).last_hidden_state
@@ -56,7 +60,7 @@ def main() -> None:
         rows = [row for row in rows if row["split"] == "test"]
         labels = predict([row["text"] for row in rows], adapter, base_model)
         accuracies.append(sum(label == row["label"] for label, row in zip(labels, rows, strict=True)) / len(rows))
-    print(json.dumps({"accuracy": accuracies, "modules": sorted({"peft", "lohp_peft"} & {*filter(sys.modules.get, sys.modules)})}))
+    print(json.dumps({"accuracy": accuracies, "lohp_peft_was_imported": sys.modules["lohp_peft"] is not None}))
 
 
 if __name__ == "__main__":

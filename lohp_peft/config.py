@@ -1,14 +1,20 @@
 """`LoHpConfig`: LoRA whose weights a learned policy writes."""
 
-import os
+import gzip
+import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from torch import nn
 
 from lohp_peft.adapters.export import GenerationRecord
+from lohp_peft.adapters.layout import AdapterLayout
+from lohp_peft.adapters.writing import backbone_of
 from lohp_peft.registration import ensure_peft_type
 
+_DEFAULT_RANK = LoraConfig.r
 _NOT_CARRIED_OVER = {"peft_type", "peft_version", "runtime_config", "init_lora_weights"}
 
 
@@ -72,6 +78,19 @@ class LoHpConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ensure_peft_type()
+        # What is saved with weights says so, whatever route reads it and whatever becomes of it: `is_trainable` loads too.
+        self._saved_with_weights = self.inference_mode
+        names = ("policy", "policy_revision", "support")
+        wrong = {
+            name: type(getattr(self, name)).__name__
+            for name in names
+            if not isinstance(getattr(self, name), str | None)
+        }
+        if wrong:
+            raise TypeError(
+                f"LoHpConfig is saved as JSON, so these must be strings: {wrong}. A loaded policy or a support set can be "
+                "passed to `generate_adapter` or `initialize_lohp_weights`."
+            )
         problems = []
         if self.policy is None:
             given = {"support": self.support, "policy_revision": self.policy_revision}
@@ -113,14 +132,10 @@ class LoHpConfig(LoraConfig):
         else:
             self.to_lora_config().save_pretrained(save_directory, **kwargs)
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
-    ) -> "LoHpConfig":
-        """Read a saved configuration; weights are read along with it, so nothing is generated from it."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.__dict__["_from_checkpoint"] = True  # not a field, which would be saved
-        return config
+    @property
+    def follows_policy(self) -> bool:
+        """Whether a new adapter takes its shape from a policy, rather than being loaded."""
+        return self.policy is not None and not self.inference_mode and not self._saved_with_weights
 
 
 def generation_record(config: LoraConfig) -> GenerationRecord | None:
@@ -131,3 +146,67 @@ def generation_record(config: LoraConfig) -> GenerationRecord | None:
 def keep_record(config: LoraConfig, record: GenerationRecord | None) -> None:
     """Attach the record of a generation to a configuration; it travels with it but is no field of it."""
     config.__dict__["_generation_record"] = record
+
+
+def follow_policy(config: LoHpConfig, model: nn.Module) -> None:
+    """Take `r`, `lora_alpha` and `target_modules` from the policy where they are at their defaults.
+
+    Raises:
+        ValueError: When the model has not the policy's modules, or a field was set to something else, naming both sides.
+    """
+    from lohp_peft.generation import LoHpPolicy
+    from lohp_peft.hub import find_policy
+
+    # The policy's configuration alone: its weights could not be read where PEFT makes modules without memory.
+    policy = LoHpPolicy.config_class.from_pretrained(find_policy(config.policy_id or ""))
+    layout = AdapterLayout.from_dict(policy.layout)
+    _, prefix = backbone_of(model, layout)
+    names = [prefix + spec.name for spec in layout.modules]
+    r, problems = policy.r, []
+    for name in ("r", "lora_alpha"):
+        if getattr(config, name) not in (_DEFAULT_RANK, r):
+            problems.append(f"`{name}` is {getattr(config, name)}, the policy's is {r}")
+        setattr(config, name, r)
+    if config.rank_pattern or config.alpha_pattern:
+        problems.append(f"the policy has one rank and alpha, got {config.rank_pattern} and {config.alpha_pattern}")
+    if config.target_modules is None:
+        config.target_modules = set(names)
+    else:
+        matched = AdapterLayout.from_model(model, config.target_modules, config.layers_to_transform)
+        found = [spec.name for spec in matched.modules]
+        if set(found) != set(names):
+            problems.append(f"`target_modules` matches {found}, the policy's are {names}")
+    if problems:
+        raise ValueError("LoHpConfig does not fit its policy: " + "; ".join(problems) + ". Leave them out.")
+
+
+def read_support_file(source: str) -> list[dict[str, Any]]:
+    """Rows of split `train` from a file of JSON lines, plain or gzipped, or from a data set `owner/name[@commit]`.
+
+    Raises:
+        ValueError: When the file is not JSON lines, naming every malformed line.
+    """
+    path = Path(source)
+    if not path.is_file():
+        if path.suffix in (".jsonl", ".gz"):
+            raise ValueError(f"The support file {source} does not exist.")
+        from datasets import load_dataset
+
+        name, _, revision = source.partition("@")
+        return list(load_dataset(name, split="train", revision=revision or None))
+    rows, problems = [], []
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    problems.append(f"line {number}: {error.msg}")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read the support file {source}: {error}") from error
+    if problems:
+        raise ValueError(f"The support file {source} is not JSON lines: " + "; ".join(problems[:20]) + ".")
+    return [row for row in rows if not isinstance(row, dict) or row.get("split", "train") == "train"]

@@ -1,22 +1,19 @@
 """`LoHpModel`: LoRA layers whose weights a policy writes once; the policy is no part of the model."""
 
 import copy
-import gzip
-import json
+import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, _check_lora_target_modules_mamba
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
-from peft.utils.other import set_additional_trainable_modules
+from peft.utils.warning import PeftWarning
 from torch import nn
 
 from lohp_peft.adapters.export import GenerationRecord
-from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.writing import (
     backbone_of,
     check_writable,
@@ -26,13 +23,17 @@ from lohp_peft.adapters.writing import (
     write_adapter,
     write_classifier,
 )
-from lohp_peft.config import LoHpConfig, RecordedLoraConfig, generation_record, keep_record
+from lohp_peft.config import (
+    LoHpConfig,
+    RecordedLoraConfig,
+    follow_policy,
+    generation_record,
+    keep_record,
+    read_support_file,
+)
 
 if TYPE_CHECKING:
-    from lohp_peft.generation import GenerationConfig, GenerationReport, Support
-    from lohp_peft.policy import LoHpPolicy
-
-_DEFAULT_RANK = 8
+    from lohp_peft.generation import GenerationConfig, GenerationReport, LoHpPolicy, Support
 
 
 class LoHpModel(LoraModel):
@@ -68,38 +69,42 @@ class LoHpModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """See `LoraModel`; takes rank and targets from the policy and generates when the configuration has a support."""
         config = self.peft_config[adapter_name]
-        policy = None
-        if _starts_from_policy(config) and not self._merging:
-            # a copy: one configuration may serve several models
-            config = self.peft_config[adapter_name] = copy.copy(config)
-            keep_record(config, None)
-            policy = load_policy(config.policy_id)
-            follow_policy(config, policy, model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if policy is None or config.support is None or not config.init_weights:
+        if not isinstance(config, LoHpConfig) or not config.follows_policy or self._merging:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        if any(p.is_meta for name, p in model.named_parameters() if "lora_" in name):
-            return  # generated when asked for: there are no weights yet
-        if config.modules_to_save:
-            # made now rather than later, so that the head has a place; PEFT keeps the copies that it finds
-            set_additional_trainable_modules(
-                model=self, peft_config=config, model_config=self.get_model_config(self), adapter_name=adapter_name
-            )
-        self.generate_adapter(read_support_file(config.support), adapter_name=adapter_name, policy=policy)
+        # A copy, because one configuration may serve several models.
+        config = self.peft_config[adapter_name] = copy.copy(config)
+        keep_record(config, None)
+        follow_policy(config, model)
+        inputs = None
+        if config.support is not None and config.init_weights:
+            if kwargs.get("low_cpu_mem_usage") or nn.Linear(1, 1).weight.is_meta or _has_meta(model):
+                warnings.warn(
+                    f"Adapter {adapter_name!r} is not generated, because there are no weights yet (meta device); call "
+                    "`generate_adapter` once they are loaded.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+            else:
+                # All of it before the model is changed, so that a mistake leaves it as it was.
+                inputs = _generation_inputs(config, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if inputs is not None:
+            self.generate_adapter(adapter_name=adapter_name, **inputs)
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
         as_lora = copy.copy(peft_config)
         as_lora.peft_type = PeftType.LORA  # the check knows LoRA by its type only
-        _check_lora_target_modules_mamba(as_lora, model, target_name)
+        super()._check_target_module_compatiblity(as_lora, model, target_name)
 
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """See `LoraModel`; the combination is saved as a plain LoRA when one of its parts was generated."""
         existed = adapter_name in self.peft_config
         self._merging = True
         try:
-            super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         finally:
             self._merging = False
         if existed:
@@ -243,64 +248,6 @@ def load_policy(policy: "LoHpPolicy | str") -> "LoHpPolicy":
     return LoHpPolicy.from_pretrained(find_policy(policy)).eval()
 
 
-def follow_policy(config: LoHpConfig, policy: "LoHpPolicy", model: nn.Module) -> None:
-    """Take `r`, `lora_alpha` and `target_modules` from the policy where they are at their defaults.
-
-    Raises:
-        ValueError: When the model has not the policy's modules, or a field was set to something else, naming both sides.
-    """
-    _, prefix = backbone_of(model, policy.layout)
-    names = [prefix + spec.name for spec in policy.layout.modules]
-    r, problems = policy.config.r, []
-    for name in ("r", "lora_alpha"):
-        if getattr(config, name) not in (_DEFAULT_RANK, r):
-            problems.append(f"`{name}` is {getattr(config, name)}, the policy's is {r}")
-        setattr(config, name, r)
-    if config.rank_pattern or config.alpha_pattern:
-        problems.append(f"the policy has one rank and alpha, got {config.rank_pattern} and {config.alpha_pattern}")
-    if config.target_modules is None:
-        config.target_modules = set(names)
-    else:
-        layout = AdapterLayout.from_model(model, config.target_modules, config.layers_to_transform)
-        found = [spec.name for spec in layout.modules]
-        if set(found) != set(names):
-            problems.append(f"`target_modules` matches {found}, the policy's are {names}")
-    if problems:
-        raise ValueError("LoHpConfig does not fit its policy: " + "; ".join(problems) + ". Leave them out.")
-
-
-def read_support_file(source: str) -> list[dict[str, Any]]:
-    """Rows of split `train` from a file of JSON lines, plain or gzipped, or from a data set `owner/name[@commit]`.
-
-    Raises:
-        ValueError: When the file is not JSON lines, naming every malformed line.
-    """
-    path = Path(source)
-    if not path.is_file():
-        if path.suffix in (".jsonl", ".gz"):
-            raise ValueError(f"The support file {source} does not exist.")
-        from datasets import load_dataset
-
-        name, _, revision = source.partition("@")
-        return list(load_dataset(name, split="train", revision=revision or None))
-    rows, problems = [], []
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    problems.append(f"line {number}: {error.msg}")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"Cannot read the support file {source}: {error}") from error
-    if problems:
-        raise ValueError(f"The support file {source} is not JSON lines: " + "; ".join(problems[:20]) + ".")
-    return [row for row in rows if not isinstance(row, dict) or row.get("split", "train") == "train"]
-
-
 def _generate(
     tuner: BaseTuner,
     adapter_name: str,
@@ -320,7 +267,7 @@ def _generate(
     names = [prefix + spec.name for spec in policy.layout.modules]
     layers = check_writable(model, names, policy.config.r, adapter_name, peft_config)
     linear, columns = None, []
-    if str(getattr(peft_config.task_type, "value", peft_config.task_type)) == "SEQ_CLS":
+    if _is_classifier(peft_config):
         columns = _columns(model.config, examples.label_names)
         linear = classifier_linear(model, adapter_name, model.config.num_labels)
     with only_active(model, None):
@@ -389,8 +336,21 @@ def _batches(tokenizer: Any, examples: Any, encoder: Any) -> Iterator[Any]:
         yield batch.to(encoder.device)
 
 
-def _starts_from_policy(config: LoraConfig) -> bool:
-    """Whether an adapter is new and follows a policy, rather than loaded."""
-    if not isinstance(config, LoHpConfig) or config.policy is None:
-        return False
-    return not config.inference_mode and not config.__dict__.get("_from_checkpoint")
+def _has_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _generation_inputs(config: LoHpConfig, model: nn.Module) -> dict[str, Any]:
+    """Policy, support set and tokenizer of a generation at injection, checked against the model."""
+    from lohp_peft.generation import encoder_for, read_support
+
+    policy, tokenizer = load_policy(config.policy_id or ""), _tokenizer_of(model)
+    support = read_support(read_support_file(config.support or ""))
+    encoder_for(policy, backbone_of(model, policy.layout)[0], tokenizer)
+    if _is_classifier(config):
+        _columns(model.config, support.label_names)
+    return {"policy": policy, "support": support, "tokenizer": tokenizer}
+
+
+def _is_classifier(config: LoraConfig) -> bool:
+    return str(getattr(config.task_type, "value", config.task_type)) == "SEQ_CLS"

@@ -6,10 +6,20 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+
 import toy
 
 BENCHMARKS = toy.ROOT / "benchmarks"
-METHODS = ("none", "mean_adapter", "nearest_adapter", "generated", "generated_raw", "wrong_task", "shuffled_labels", "adamw")
+METHODS = (
+    "none",
+    "mean_adapter",
+    "nearest_adapter",
+    "generated",
+    "generated_raw",
+    "wrong_task",
+    "shuffled_labels",
+    "adamw",
+)
 
 
 @pytest.fixture
@@ -68,7 +78,11 @@ def test_few_shot(scripts, subject, processes, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_contrast(scripts, subject, tmp_path, monkeypatch):
     contrast = scripts("contrast")
-    names = [*contrast.CONTRAST_TEST, *contrast.CONTRAST_VALIDATION, *(n for g in contrast.CONTRAST_TRAINING for n in g)]
+    names = [
+        *contrast.CONTRAST_TEST,
+        *contrast.CONTRAST_VALIDATION,
+        *(n for g in contrast.CONTRAST_TRAINING for n in g),
+    ]
     monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", names)))
     line = [*subject, "--shots", "6", "--draws", "2", "--steps", "2", "--episodes", "1", "--validate-every", "1"]
     contrast.main([*line, "--validation-draws", "1", "--no-bf16", "--output", str(tmp_path / "result.json")])
@@ -133,9 +147,22 @@ def test_run_starts_only_what_is_missing(scripts, tmp_path, capsys):
         run.main(["coffee"])
 
 
-ENVIRONMENT = {"date": "2026-01-02", "commit": "0123456789abcdef", "cores": 2, "device": "cpu", "versions": {"torch": "2"}}
+ENVIRONMENT = {
+    "date": "2026-01-02",
+    "commit": "0123456789abcdef",
+    "cores": 2,
+    "device": "cpu",
+    "versions": {"torch": "2"},
+}
 FEW_SHOT = {
-    "settings": {"split": "test", "shots": 16, "draws": 3, "max_test": 500, "adamw_steps": 20, "adamw_learning_rate": 1e-3},
+    "settings": {
+        "split": "test",
+        "shots": 16,
+        "draws": 3,
+        "max_test": 500,
+        "adamw_steps": 20,
+        "adamw_learning_rate": 1e-3,
+    },
     "processes": 2,
     "threads": 1,
     "environment": ENVIRONMENT,

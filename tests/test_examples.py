@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import toy
 from lohp_peft.trajectories import TrajectoryDataset
 

@@ -63,7 +63,7 @@ def plain_lora_config(
         **fields: Further fields of `LoraConfig`.
     """
     names = [spec.name for spec in layout.modules] if isinstance(layout, AdapterLayout) else list(layout)
-    return LoraConfig(
+    config = LoraConfig(
         base_model_name_or_path=base_model_name_or_path,
         target_modules=names,
         r=r,
@@ -72,6 +72,8 @@ def plain_lora_config(
         inference_mode=True,
         **fields,
     )
+    config.target_modules = names  # in their order, so that two exports are the same file
+    return config
 
 
 def save_plain_lora(

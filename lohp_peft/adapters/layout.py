@@ -44,9 +44,12 @@ class AdapterLayout:
         cls,
         model: nn.Module,
         target_modules: str | list[str] | set[str] | None = None,
-        layers_to_transform: list[int] | None = None,
+        layers_to_transform: int | list[int] | None = None,
     ) -> "AdapterLayout":
         """The modules PEFT would match, in the model's order; `None` takes PEFT's default for the model type.
+
+        Layers are told by the first number in a module's name. (PEFT's own `layers_to_transform` finds none in a decoder
+        without its head, whose modules are named `layers.0...`.)
 
         Raises:
             ValueError: When nothing matches, or a matched module is neither `nn.Linear` nor `Conv1D`.
@@ -57,10 +60,11 @@ class AdapterLayout:
             target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
             if target_modules is None:
                 raise ValueError(f"PEFT has no default `target_modules` for model type {model_type!r}; name them.")
-        config = LoraConfig(target_modules=target_modules, layers_to_transform=layers_to_transform)
+        config = LoraConfig(target_modules=target_modules)
+        layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform or ())
         specs, refused = [], []
         for name, module in model.named_modules():
-            if not check_target_module_exists(config, name):
+            if not check_target_module_exists(config, name) or (layers and spec_of(name, 0, 0).layer not in layers):
                 continue
             shape = linear_shape(module)
             if shape is None:
@@ -70,7 +74,10 @@ class AdapterLayout:
         if refused:
             raise ValueError(f"Only linear layers can be generated, but `target_modules` matches {refused}.")
         if not specs:
-            raise ValueError(f"`target_modules`={target_modules!r} matches no module of {type(model).__name__}.")
+            where = f" in layers {sorted(layers)}" if layers else ""
+            raise ValueError(
+                f"`target_modules`={target_modules!r} matches no module of {type(model).__name__}{where}."
+            )
         return cls(tuple(specs))
 
     def to_dict(self) -> dict[str, Any]:

@@ -109,8 +109,8 @@ class WeightSpace(ABC):
         for name, (a, b) in adapter.items():
             i = self._index[name]
             a, b = a.detach().to(device, dtype), b.detach().to(device, dtype)
-            v, u = self.input_basis(i).to(a), self.output_basis(i)
-            coordinates = (b if u is None else u.to(b).T @ b) @ (a @ v)
+            u = self.output_basis(i)
+            coordinates = (b if u is None else _dual(u.to(b)).T @ b) @ (a @ _dual(self.input_basis(i).to(a)))
             state[i, : coordinates.numel()] = coordinates.flatten()
             total = torch.trace((b.T @ b) @ (a @ a.T))
             kept[name] = float(coordinates.square().sum() / total) if total > 0 else 1.0
@@ -183,6 +183,11 @@ class WeightSpace(ABC):
         if missing:
             raise ValueError(f"The bases do not fit the layout: {', '.join(missing)} are missing.")
         return spaces[kind](layout, r, *([tensors[name] for name in names[side]] for side in sides))
+
+
+def _dual(basis: Tensor) -> Tensor:
+    """`Q (Q^T Q)^-1`: Q itself but for the rounding of its float32 columns, so that projecting is exact in float64."""
+    return torch.linalg.solve(basis.T @ basis, basis.T).T
 
 
 def _check_bases(layout: AdapterLayout, r: int, sides: dict[str, list[Tensor]]) -> None:

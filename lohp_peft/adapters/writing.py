@@ -135,13 +135,14 @@ def classifier_linear(model: nn.Module, adapter_name: str, n_labels: int) -> nn.
 def classifier_features(model: nn.Module, linear: nn.Linear, batches: Iterable[dict[str, Any]]) -> Tensor:
     """What a model's classifier reads, shape (n, d): its logits with the last linear layer left out."""
     handle = linear.register_forward_hook(lambda _module, args, _output: args[0])
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         return torch.cat([model(**batch).logits.float() for batch in batches])
     finally:
-        model.train(training)
         handle.remove()
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

@@ -26,7 +26,8 @@ from lohp_peft.tasks import Episode, EpisodeSampler, TaskBank, TaskFeatures
 logger = logging.getLogger(__name__)
 
 Log = Callable[[int, Mapping[str, float]], None]
-SHOTS = 16
+MAX_REWARD_RANGE = 20.0
+"""Most nats the recordings' mean loss decrease is worth (Ours: a smaller temperature left residuals of 1e6 nats²)."""
 
 
 class LoHpTrainer:
@@ -108,34 +109,52 @@ class LoHpTrainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self._schedule()
         with self.accelerator.autocast():
-            loss, scalars = self._cloning_phase() if self.reference is None else self._hybrid_phase()
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        parameters = [p for p in self.policy.parameters() if p.grad is not None]
-        if self.accelerator.num_processes > 1:
-            for p in parameters:
-                p.grad = self.accelerator.reduce(p.grad, reduction="mean")
-        norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        if not torch.isfinite(loss) or not torch.isfinite(norm):
-            raise RuntimeError(
-                f"Policy learning diverged at training step {self.step}: loss {loss.item()}, gradient norm {norm.item()}. "
-                "Lower `learning_rate`, `kl_target` (which raises the temperature) or `subtb_weight`."
-            )
+            losses, scalars = self._cloning_phase() if self.reference is None else self._hybrid_phase()
+        scalars |= self._accumulate(losses)
         self.optimizer.step()
-        return {"loss": loss.item(), "grad_norm": norm.item(), **scalars}
+        return scalars
 
-    def _cloning_phase(self) -> tuple[Tensor, dict[str, float]]:
+    def _accumulate(self, losses: Mapping[str, tuple[Tensor, float]]) -> dict[str, float]:
+        """Sum the losses' gradients, each clipped on its own to its weight times `max_grad_norm`.
+
+        (Ours: residuals of SubTB are squares of nats and come in any size; clipped together they drowned the others.)
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        totals = [torch.zeros_like(p) for p in parameters]
+        scalars: dict[str, float] = {}
+        for name, (loss, weight) in losses.items():
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            if self.accelerator.num_processes > 1:
+                gradients = tuple(
+                    self.accelerator.reduce(torch.zeros_like(p) if g is None else g, reduction="mean")
+                    for g, p in zip(gradients, parameters, strict=True)
+                )
+            norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
+            if not torch.isfinite(loss) or not torch.isfinite(norm):
+                raise RuntimeError(
+                    f"Policy learning diverged at training step {self.step}: {name} is {loss.item()}, its gradient norm "
+                    f"{norm.item()}. Lower `learning_rate`, `kl_target` (which raises the temperature) or the loss's weight."
+                )
+            scale = weight * min(1.0, self.config.max_grad_norm / (norm.item() + 1e-12))
+            for total, gradient in zip(totals, gradients, strict=True):
+                if gradient is not None:
+                    total.add_(gradient, alpha=scale)
+            scalars |= {name: loss.item(), f"{name}_grad_norm": norm.item()}
+        for parameter, total in zip(parameters, totals, strict=True):
+            parameter.grad = total
+        return scalars
+
+    def _cloning_phase(self) -> tuple[dict[str, tuple[Tensor, float]], dict[str, float]]:
         index, features, optimizers = self._recorded_batch()
         loss = cloning_loss(self.policy, self.recordings.states[index], features, optimizers, self._generator("noise"))
-        return loss, {"cloning": loss.item()}
+        return {"cloning": (loss, 1.0)}, {}
 
-    def _hybrid_phase(self) -> tuple[Tensor, dict[str, float]]:
+    def _hybrid_phase(self) -> tuple[dict[str, tuple[Tensor, float]], dict[str, float]]:
         config, scalars = self.config, {}
         index, features, optimizers = self._recorded_batch()
         states = self.recordings.states[index]
         cloning = cloning_loss(self.policy, states, features, optimizers, self._generator("noise"))
-        loss = config.cloning_weight * cloning
-        scalars["cloning"] = cloning.item()
+        losses = {"cloning": (cloning, config.cloning_weight)}
         if config.subtb_weight > 0:
             batches = self._segments(index, features, optimizers)
             progress = (self.step - config.cloning_steps) / max(config.training_steps, 1)
@@ -145,13 +164,11 @@ class LoHpTrainer:
                 subtb, diagnostics = hybrid_loss(
                     batches, weights, lam=config.subtb_lambda, robust_delta=config.robust_delta
                 )
-                loss = loss + config.subtb_weight * subtb / config.robust_delta**2
-                scalars |= {"subtb": subtb.item(), **{name: float(x) for name, x in diagnostics.items()}}
-        if config.preset == "lohp+path":
-            path = self._path_loss()
-            loss = loss + config.path_weight * path
-            scalars["path"] = path.item()
-        return loss, scalars
+                losses["subtb"] = (subtb, config.subtb_weight)
+                scalars |= {name: float(x) for name, x in diagnostics.items()}
+        if config.preset == "lohp+path" and config.path_weight > 0:
+            losses["path"] = (self._path_loss(), config.path_weight)
+        return losses, scalars
 
     def _path_loss(self) -> Tensor:
         """The reward's gradient through the mean rollout (Known: reparameterised path gradient; off in `lohp`)."""
@@ -247,13 +264,15 @@ class LoHpTrainer:
     def _start_hybrid_phase(self) -> None:
         """Freeze the behaviour clone as the reference and set the temperature from its rollouts."""
         self.reference = copy.deepcopy(self.policy).eval().requires_grad_(False)
+        decrease = float((self.recordings.losses[:, 0] - self.recordings.losses[:, -1]).clamp(min=0).mean())
+        floor = max(decrease / MAX_REWARD_RANGE, 1e-3)
         if self.config.mode == "off_policy" or self.config.subtb_weight == 0:
             final = self.recordings.losses[:, -1]
             spread = [
                 final[[i for i, t in enumerate(self.recordings.tasks) if t == n]] for n in set(self.recordings.tasks)
             ]
             variance = torch.stack([x.var() for x in spread if len(x) > 1] or [final.var()]).mean()
-            self.temperature = max(float((variance / (2 * self.config.kl_target)).sqrt()), 1e-3)
+            self.temperature = max(float((variance / (2 * self.config.kl_target)).sqrt()), floor)
             return
         with torch.no_grad():
             final = []
@@ -263,7 +282,7 @@ class LoHpTrainer:
                 states = rollout(self.reference, features, noise=1.0, generator=self._generator("temperature"))
                 final.append([r.losses[-1] for r in self._scored(episode, states, features, 0)])
         losses = torch.tensor([[float(x) for x in row] for row in final])
-        self.temperature = max(calibrate_temperature(losses, self.config.kl_target), 1e-3)
+        self.temperature = max(calibrate_temperature(losses, self.config.kl_target), floor)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

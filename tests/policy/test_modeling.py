@@ -1,0 +1,195 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import build_encoder, build_policy, features_of
+
+from lohp_peft.adapters.layout import AdapterLayout
+from lohp_peft.adapters.space import CoreSpace, LoraBSpace
+from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, rollout
+from lohp_peft.tasks import TaskFeatures, TextEncoder
+
+STEPS = torch.tensor([0, 1, 2])
+
+
+@pytest.fixture
+def state(policy):
+    return torch.randn(3, *policy.config.state_shape) * policy.space.mask
+
+
+def test_without_gates_and_free_moves_the_mean_walks_straight_to_the_start_adapter(policy, features, state):
+    with torch.no_grad():
+        policy.forward_network.out.weight.zero_()
+        policy.forward_network.out.bias.zero_()
+        policy.forward_network.gates.weight.zero_()
+        policy.forward_network.gates.bias.zero_()
+    goal = policy.forward_network.start * policy.scale
+    mean = policy.forward_policy(state, STEPS, features)
+    expected = state + (goal - state) / (3 - STEPS)[:, None, None]
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(mean[2], goal)  # the last step arrives
+    path = rollout(policy, features)[0]
+    torch.testing.assert_close(path, torch.linspace(0, 1, 4)[:, None, None] * goal)
+
+
+def test_free_moves_are_bounded_in_units_of_the_recorded_step(policy, features, state):
+    with torch.no_grad():
+        policy.forward_network.out.bias.fill_(50.0)
+    before = policy.forward_policy(state, STEPS, features)
+    with torch.no_grad():
+        policy.forward_network.out.weight.zero_()
+        policy.forward_network.out.bias.zero_()
+    move = before - policy.forward_policy(state, STEPS, features)
+    assert (move.abs() <= 3 * policy.step_rms[STEPS] + 1e-5).all()
+    assert (move.abs() > 2.9 * policy.step_rms[STEPS]).all()
+
+
+def test_a_new_policy_has_no_free_moves_and_no_log_flow(policy, features, state):
+    new = LoHpPolicy(policy.config)
+    new.set_space(policy.space)
+    assert not rollout(new.eval(), features)[:, 0].any()
+    assert not new.forward_network.out.weight.any()
+    assert not new.log_flow(state, STEPS, features).any()
+
+
+@pytest.mark.parametrize("changed", ["features", "step", "state", "previous", "optimizer"])
+def test_the_mean_reads_its_inputs(policy, features, state, changed):
+    arguments = {"state": state, "step": STEPS, "features": features, "previous": state * 0.5}
+    arguments["optimizer"] = torch.tensor([1, 1, 1])
+    before = policy.forward_policy(**arguments) - arguments["state"]
+    other = {
+        "features": features.__class__(features.set.roll(1, 0), features.labels.roll(1, 0), features.modules.roll(1, 0)),
+        "step": torch.tensor([1, 2, 0]),
+        "state": state + 0.1 * policy.space.mask,
+        "previous": state,
+        "optimizer": torch.tensor([2, 0, 2]),
+    }
+    arguments[changed] = other[changed]
+    after = policy.forward_policy(**arguments) - arguments["state"]
+    assert ((after - before).abs().amax((1, 2)) > 1e-5).all()
+
+
+def test_rows_do_not_read_each_other(policy, features, state):
+    whole = policy.forward_policy(state, STEPS, features)
+    one = features.__class__(features.set[1:2], features.labels[1:2], features.modules[1:2])
+    torch.testing.assert_close(policy.forward_policy(state[1:2], STEPS[1:2], one)[0], whole[1], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_stays_zero(tasks):
+    """Query, value and the wider intermediate layer: rows of different width in the space of B."""
+    narrow = build_encoder()
+    model = narrow.base_model
+    model.encoder.layer[2].intermediate.dense = torch.nn.Linear(16, 24)
+    model.encoder.layer[2].output.dense = torch.nn.Linear(24, 16)
+    layout = AdapterLayout.from_model(model, ["query", "intermediate.dense"], [2])
+    encoder = TextEncoder(model, narrow.tokenizer, LoraBSpace.seeded(layout, 2))
+    policy = build_policy(encoder)
+    assert not policy.space.mask.all()
+    features = TaskFeatures.stack([features_of(policy, encoder, tasks[0].draw_support(4, 0))])
+    path = rollout(policy, features, noise=1.0, generator=torch.Generator().manual_seed(0))
+    assert not path[:, :, ~policy.space.mask].any()
+    assert path[:, 1:, policy.space.mask].all()
+
+
+def test_sigma_follows_the_recorded_steps(policy):
+    torch.testing.assert_close(policy.sigma(STEPS), 0.3 * policy.step_rms)
+
+
+def test_the_space_must_fit(policy):
+    new = LoHpPolicy(policy.config)
+    with pytest.raises(RuntimeError, match="no weight space yet"):
+        new.space  # noqa: B018
+    with pytest.raises(RuntimeError, match="no weight space yet"):
+        new.save_pretrained("nowhere")
+    with pytest.raises(ValueError, match="policy needs .*'core', 2.* but the weight space has .*'lora_b', 2"):
+        new.set_space(LoraBSpace.seeded(policy.layout, 2))
+
+
+def test_round_trip_bit_for_bit(policy, features, tmp_path):
+    policy.config.provenance = {"seed": 3}
+    policy.save_pretrained(tmp_path)
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors", ".safetensors", ".safetensors"]
+    loaded = LoHpPolicy.from_pretrained(tmp_path)
+    assert not loaded.training
+    mine, theirs = policy.state_dict(), loaded.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(mine[name].equal(theirs[name]) for name in mine)
+    assert rollout(loaded, features).equal(rollout(policy, features))
+    spaces = policy.space.to_tensors(), loaded.space.to_tensors()
+    assert isinstance(loaded.space, CoreSpace)
+    assert all(spaces[0][name].equal(spaces[1][name]) for name in spaces[0])
+    assert loaded.layout == policy.layout
+    assert loaded.config.provenance == {"seed": 3}
+    assert loaded.config.optimizers == ["adamw", "sam"]
+    ours, kept = policy.reference_set, loaded.reference_set
+    assert (kept.names, kept.families) == (ours.names, ours.families)
+    assert kept.states.equal(ours.states)
+    assert kept.features.modules.equal(ours.features.modules)
+
+
+def test_a_policy_without_reference_set(policy, tmp_path):
+    policy.reference_set = None
+    policy.save_pretrained(tmp_path)
+    assert LoHpPolicy.from_pretrained(tmp_path).reference_set is None
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "space.safetensors"])
+def test_missing_files_are_named(policy, tmp_path, name):
+    policy.save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=rf"is not a policy folder: it lacks \['{name}'\]"):
+        LoHpPolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "space.safetensors", "reference_set.safetensors"])
+def test_damaged_files_are_named(policy, tmp_path, name):
+    policy.save_pretrained(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=name):
+        LoHpPolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
+def test_weights_that_do_not_fit_are_refused(policy, tmp_path, damage):
+    policy.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if damage == "missing":
+        del tensors["step_rms"]
+    elif damage == "unexpected":
+        tensors["surprise"] = torch.zeros(1)
+    else:
+        tensors["step_rms"] = tensors["step_rms"][:2].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="surprise" if damage == "unexpected" else "step_rms|mismatch"):
+        LoHpPolicy.from_pretrained(tmp_path)
+
+
+def test_bases_that_do_not_fit_are_refused(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    save_file({"input.0": torch.zeros(16, 2)}, tmp_path / "space.safetensors")
+    with pytest.raises(ValueError, match=r"do not fit the layout: input.1"):
+        LoHpPolicy.from_pretrained(tmp_path)
+
+
+def test_a_newer_schema_is_refused(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["schema_version"] == 1
+    (tmp_path / "config.json").write_text(json.dumps({**config, "schema_version": 2}))
+    with pytest.raises(ValueError, match=r"schema version 2, this lohp_peft reads up to 1: upgrade lohp_peft"):
+        LoHpPolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nowhere/policy", "/nowhere"])
+def test_unknown_names(name):
+    with pytest.raises(ValueError, match="commit|none of"):
+        LoHpPolicy.from_pretrained(name)
+
+
+def test_config_errors_list_all():
+    with pytest.raises(ValueError, match="'r': 0, 'policy_steps': 0"):
+        LoHpPolicyConfig(r=0, policy_steps=0)
+    with pytest.raises(ValueError, match="hidden_size=10, num_heads=4"):
+        LoHpPolicyConfig(hidden_size=10)

@@ -1,0 +1,80 @@
+import copy
+
+import pytest
+import torch
+from tiny import build_policy
+
+from lohp_peft.objectives import hybrid_loss
+from lohp_peft.policy import rollout
+from lohp_peft.policy_learning.losses import cloning_loss, repeat_features, segments, teacher_forced_means
+from lohp_peft.policy_learning.recordings import fit_scales
+from lohp_peft.tasks import TaskFeatures
+
+
+@pytest.fixture
+def policy(encoder, recordings):
+    policy = build_policy(encoder)
+    fit_scales(policy, recordings)
+    return policy
+
+
+@pytest.fixture
+def features(policy):
+    p, f = policy.config.principal_directions, policy.config.module_features
+    return TaskFeatures(torch.randn(6, 2 * p), torch.randn(6, p + 3), torch.randn(6, policy.config.state_shape[0], 2 * f))
+
+
+def test_teacher_forcing_along_a_rollout_gives_the_rollout(policy, features):
+    optimizers = torch.tensor([0, 1, 2, 0, 1, 2])
+    states = rollout(policy, features, optimizer=optimizers)
+    means = teacher_forced_means(policy, states, features, optimizers)
+    torch.testing.assert_close(means, states[:, 1:], atol=1e-5, rtol=1e-4)
+
+
+def test_cloning_is_zero_for_the_policys_own_steps_but_for_the_noise(policy, features):
+    states = rollout(policy, features).detach()
+    assert cloning_loss(policy, states, features, torch.zeros(6, dtype=torch.long), torch.Generator()) > 1e-4
+    policy.config.noise_scale = 1e-3
+    far = cloning_loss(policy, states + policy.space.mask, features, torch.zeros(6, dtype=torch.long), torch.Generator())
+    near = cloning_loss(policy, states, features, torch.zeros(6, dtype=torch.long), torch.Generator())
+    assert near < 1e-3 * far
+
+
+def test_relative_segments_vanish_at_the_clone_and_cut_all_gradients(policy, features, recordings):
+    clone = copy.deepcopy(policy)
+    states = recordings.states.clone().requires_grad_()
+    losses = recordings.losses.clone().requires_grad_()
+    at_clone = segments(policy, clone, states, losses, features, None, 0.1)
+    assert not at_clone.log_pf.any()  # whatever the data
+    torch.testing.assert_close(at_clone.log_flow[:, -1], -recordings.losses[:, -1] / 0.1)
+    with torch.no_grad():
+        policy.forward_network.start.add_(0.3)
+    moved = segments(policy, clone, states, losses, features, None, 0.1)
+    assert moved.log_pf.all()
+    loss, _ = hybrid_loss({"recorded": moved}, {"recorded": 1.0})
+    loss.backward()
+    assert states.grad is None
+    assert losses.grad is None
+    assert all(p.grad is None for p in clone.parameters())
+    for network in (policy.forward_network, policy.log_flow_network):
+        assert any(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+def test_log_ratios_are_those_of_gaussians(policy, features, recordings):
+    clone = copy.deepcopy(policy)
+    with torch.no_grad():
+        policy.forward_network.start.add_(0.1)
+    found = segments(policy, clone, recordings.states, recordings.losses, features, None, 0.1)
+    log_prob = {}
+    for name, model in (("policy", policy), ("clone", clone)):
+        means = teacher_forced_means(model, recordings.states, features, None)
+        sigma = policy.sigma(torch.arange(3)).expand_as(means[0])
+        normal = torch.distributions.Normal(means.double(), sigma.double())
+        log_prob[name] = normal.log_prob(recordings.states[:, 1:].double()).sum((-1, -2))
+    torch.testing.assert_close(found.log_pf.double(), log_prob["policy"] - log_prob["clone"], atol=1e-3, rtol=1e-3)
+
+
+def test_repeat(features):
+    twice = repeat_features(features, 2)
+    assert twice.labels[2].equal(features.labels[1])
+    assert twice.labels[3].equal(features.labels[1])

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from lohp_peft.policy_learning.recordings import MAX_RELATIVE_LOSS, Recordings
+from policy_learning.conftest import build_trajectory
+
+
+def test_runs_are_resampled_at_knots_with_relative_losses(trajectories, recordings):
+    knots = trajectories[3].knots(3)
+    assert recordings.states.shape[:2] == (6, 4)
+    assert recordings.states[3].equal(knots.states)
+    torch.testing.assert_close(recordings.losses[3], knots.losses / knots.losses[0])
+    assert recordings.optimizer_names == ("adamw", "sam")
+    assert recordings.optimizers.tolist() == [1, 2] * 3
+    assert recordings.tasks[2:4] == ("ham", "ham")
+
+
+def test_final_weights_only_is_a_straight_line(encoder):
+    run = build_trajectory(encoder.space)
+    bent = build_trajectory(encoder.space, states=run.states * torch.linspace(0, 1, 7)[:, None, None])
+    found = Recordings.from_trajectories([bent], 3, final_weights_only=True)
+    torch.testing.assert_close(found.states[0], torch.linspace(0, 1, 4)[:, None, None] * bent.states[-1])
+    torch.testing.assert_close(found.losses[0], 1 - torch.linspace(0, 1, 4) * 0.5)
+    assert not torch.allclose(Recordings.from_trajectories([bent], 3).states[0], found.states[0])
+
+
+def test_unscored_runs_are_left_out_and_failed_ones_clipped(encoder):
+    unscored = build_trajectory(encoder.space, losses=torch.tensor([1.0] + [torch.nan] * 6))
+    exploded = build_trajectory(encoder.space, task="ham", losses=torch.tensor([1.0, 0.9, 0.8, 3, 4, 5, 6]))
+    found = Recordings.from_trajectories([unscored, exploded], 3)
+    assert found.tasks == ("ham",)
+    assert found.losses.max() == MAX_RELATIVE_LOSS
+    with pytest.raises(ValueError, match="None of the 1 recorded trajectories is scored and finite"):
+        Recordings.from_trajectories([unscored], 3)
+
+
+def test_scales_are_root_mean_squares_over_real_entries(recordings):
+    mask = torch.ones(recordings.states.shape[2:], dtype=torch.bool)
+    mask[0, 2:] = False
+    states = recordings.states * mask
+    masked = Recordings(states, recordings.losses, recordings.tasks, recordings.optimizers, recordings.optimizer_names)
+    scale, steps = masked.scales(mask)
+    assert float(scale[0]) == pytest.approx(float(states[:, -1, 0, :2].square().mean().sqrt()))
+    assert float(scale[1]) == pytest.approx(float(states[:, -1, 1].square().mean().sqrt()))
+    assert float(steps[1, 1]) == pytest.approx(float((states[:, 2, 1] - states[:, 1, 1]).square().mean().sqrt()))
+    assert (scale.shape, steps.shape) == ((len(mask), 1), (3, len(mask), 1))
+    still = Recordings(0 * states, recordings.losses, recordings.tasks, recordings.optimizers, ())
+    assert min(float(x.min()) for x in still.scales(mask)) > 0  # nothing to divide by zero
+
+
+def test_best_states_are_those_of_the_lowest_final_loss(recordings):
+    best = recordings.best_states()
+    assert list(best) == ["spam", "ham", "mood"]
+    assert best["ham"].equal(recordings.states[3, -1])  # later seeds end lower
+
+
+def test_samples_prefer_good_runs_of_allowed_tasks(recordings):
+    index = recordings.sample(3000, torch.Generator().manual_seed(0), {"spam", "mood"})
+    counts = index.bincount(minlength=6)
+    assert counts[2] == counts[3] == 0
+    assert counts[5] > counts[4] > counts[1] > counts[0] > 0
+    assert index.equal(recordings.sample(3000, torch.Generator().manual_seed(0), {"spam", "mood"}))

@@ -1,0 +1,245 @@
+import json
+import math
+
+import pytest
+import torch
+from policy_learning.conftest import assert_same_weights, build_trajectory, finite
+
+from lohp_peft.policy import rollout
+from lohp_peft.policy_learning import trainer as trainer_module
+from lohp_peft.policy_learning.recordings import Recordings
+
+
+class Killed(BaseException):
+    pass
+
+
+def run(trainer, folder=None):
+    """Train to the end; the scalars of every step."""
+    found = {}
+    trainer.log = lambda step, scalars: found.__setitem__(step, dict(scalars))
+    trainer.train(folder)
+    return found
+
+
+@pytest.mark.parametrize("killed_at", [2, 3, 4, 7, 8], ids=lambda step: f"step{step}")
+def test_a_run_that_was_killed_continues_bit_for_bit(build_trainer, tmp_path, killed_at):
+    whole = build_trainer(validate=True)
+    expected = run(whole, tmp_path / "whole")
+
+    def kill(step, _scalars):
+        if step == killed_at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        build_trainer(log=kill, validate=True).train(tmp_path / "killed")
+    resumed = build_trainer(validate=True)
+    found = run(resumed, tmp_path / "killed")
+    assert list(found) == list(range(killed_at, 9))
+    assert all(found[step] == expected[step] for step in found)
+    assert (resumed.best, resumed.temperature) == (whole.best, whole.temperature)
+    assert_same_weights(resumed.policy.state_dict(), whole.policy.state_dict())
+    assert_same_weights(resumed.buffer.state_dict(), whole.buffer.state_dict())
+    again = build_trainer(validate=True)
+    assert not run(again, tmp_path / "killed")  # it was over
+    assert_same_weights(again.policy.state_dict(), whole.policy.state_dict())
+
+
+def test_a_checkpoint_is_safetensors_and_json_and_the_latest_only(build_trainer, tmp_path):
+    build_trainer().train(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state-8.safetensors", "state.json"]
+
+
+def test_a_checkpoint_with_other_settings_is_refused(build_trainer, tmp_path):
+    build_trainer(training_steps=0).train(tmp_path)
+    with pytest.raises(ValueError, match=r"\(checkpoint, now\): {'training_steps': \(0, 5\), 'kl_target': \(3.0, 1.0\)}"):
+        build_trainer(kl_target=1.0).train(tmp_path)
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "present", "absent"),
+    [
+        ({"preset": "behaviour_cloning"}, {"cloning"}, {"subtb", "path"}),
+        ({"preset": "lohp"}, {"cloning", "subtb", "recorded/loss", "on_policy/loss", "spliced/loss"}, {"path"}),
+        ({"preset": "lohp+path"}, {"cloning", "subtb", "path", "evidence_gap"}, set()),
+        ({"preset": "lohp", "mode": "on_policy"}, {"on_policy/loss"}, {"recorded/loss", "spliced/loss", "path"}),
+        ({"preset": "lohp", "mode": "off_policy"}, {"recorded/loss"}, {"on_policy/loss", "spliced/loss"}),
+        ({"preset": "lohp", "subtb_lambda": 0.0}, {"subtb"}, {"path"}),
+        ({"preset": "lohp", "subtb_lambda": math.inf}, {"subtb"}, {"path"}),
+        ({"preset": "lohp+path", "subtb_weight": 0.0}, {"path"}, {"subtb"}),
+        ({"preset": "lohp+path", "path_prefix_weight": 0.5, "head": "prototype"}, {"path"}, set()),
+        ({"preset": "lohp", "cloning_steps": 0}, {"subtb"}, set()),
+    ],
+    ids=str,
+)
+def test_presets_and_ablations_run(build_trainer, settings, present, absent):
+    trainer = build_trainer(**settings)
+    before = {name: p.clone() for name, p in trainer.policy.named_parameters()}
+    found = run(trainer)
+    assert len(found) == trainer.total_steps == (3 if settings["preset"] == "behaviour_cloning" else trainer.total_steps)
+    assert all(map(finite, found.values()))
+    last = found[trainer.total_steps]
+    assert present <= set().union(*found.values())
+    assert not absent & set(last)
+    moved = {name.split(".")[0] for name, p in trainer.policy.named_parameters() if not p.equal(before[name])}
+    with_flow = settings["preset"] != "behaviour_cloning" and settings.get("subtb_weight") != 0
+    assert moved == {"forward_network", "log_flow_network"} if with_flow else moved == {"forward_network"}
+    assert not trainer.policy.training
+
+
+def test_lambda_changes_the_objective(build_trainer):
+    found = [run(build_trainer(preset="lohp", subtb_lambda=lam))[4]["subtb"] for lam in (0.0, 1.0, math.inf)]
+    assert len(set(found)) == 3
+
+
+def test_no_gradient_through_states_or_rewards_in_lohp(build_trainer, monkeypatch):
+    trainer = build_trainer(preset="lohp")
+    states, losses = trainer.recordings.states.requires_grad_(), trainer.recordings.losses.requires_grad_()
+    asked = []
+    reward = trainer.bank.episode_losses
+
+    def watch(episodes, at, **kwargs):
+        asked.append(at.requires_grad)
+        return reward(episodes, at, **kwargs)
+
+    monkeypatch.setattr(trainer.bank, "episode_losses", watch)
+    run(trainer)
+    assert states.grad is None
+    assert losses.grad is None
+    assert asked
+    assert not any(asked)
+    assert all(not item.losses.requires_grad and not item.states.requires_grad for item in trainer.buffer.rollouts)
+    asked.clear()
+    run(build_trainer(preset="lohp+path"))
+    assert any(asked)  # the pathwise term is the one that differentiates the reward
+
+
+def test_behaviour_cloning_recovers_a_known_trajectory(build_trainer, encoder):
+    runs = [build_trajectory(encoder.space, task=name) for name in ("spam", "ham", "mood")]  # one and the same path
+    recordings = Recordings.from_trajectories(runs, 3)
+    trainer = build_trainer(
+        preset="behaviour_cloning", recordings=recordings, cloning_steps=200, learning_rate=0.02, dropout=0.0
+    )
+    policy, goal = trainer.policy, recordings.states[0]
+    features = trainer._features(trainer._episodes("test", 3))
+
+    def error():
+        with torch.no_grad():
+            return float((rollout(policy.eval(), features) - goal).norm() / goal.expand(3, -1, -1, -1).norm())
+
+    assert error() > 0.5
+    run(trainer)
+    assert error() < 0.1
+
+
+def test_the_pathwise_loss_falls(build_trainer):
+    trainer = build_trainer(
+        preset="lohp+path",
+        cloning_steps=0,
+        training_steps=60,
+        subtb_weight=0.0,
+        cloning_weight=0.0,
+        learning_rate=0.02,
+        dropout=0.0,
+        validate=True,
+        validate_every=60,
+    )
+    start = trainer.validate()["validation_loss"]
+    trainer.best, trainer.best_weights = (math.inf, -1), {}
+    found = run(trainer)
+    assert found[60]["validation_loss"] < 0.75 * start
+
+
+def test_the_best_validated_weights_are_kept(build_trainer, monkeypatch):
+    trainer = build_trainer(validate=True)
+    kept, validate = {}, trainer.validate
+    worse = iter((0.0, 1.0, 2.0, 3.0))
+
+    def watch():
+        scalars = validate()
+        kept[trainer.step] = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
+        return scalars
+
+    def losses(episodes, states, **kwargs):
+        return torch.tensor([[next(worse)]]).repeat(1, 1), torch.ones(1, 1)
+
+    trainer.validation = (trainer.bank, trainer.validation[1][:1])
+    monkeypatch.setattr(trainer, "validate", watch)
+    bank = type("Bank", (), {"features": trainer.bank.features, "episode_losses": staticmethod(losses)})()
+    trainer.validation = (bank, trainer.validation[1])
+    run(trainer)
+    assert list(kept) == [2, 4, 6, 8]
+    assert trainer.best == (0.0, 2)
+    assert_same_weights(trainer.policy.state_dict(), kept[2])
+
+
+def test_divergence_is_an_error_and_no_update(build_trainer):
+    trainer = build_trainer()
+    with torch.no_grad():
+        trainer.policy.forward_network.start.fill_(math.nan)
+    with pytest.raises(RuntimeError, match="diverged at training step 0: loss nan.*Lower `learning_rate`"):
+        trainer.training_step()
+    assert trainer.policy.forward_network.gates.weight.isfinite().all()
+
+
+def test_the_temperature_of_recordings_is_the_spread_of_their_ends(build_trainer, recordings):
+    trainer = build_trainer(preset="lohp", mode="off_policy", kl_target=2.0)
+    run(trainer)
+    final = recordings.losses[:, -1].view(3, 2)
+    assert trainer.temperature == pytest.approx(float((final.var(1).mean() / 4).sqrt()))
+
+
+def test_the_temperature_of_rollouts_follows_the_target(build_trainer):
+    temperatures = []
+    for kl_target in (1.0, 4.0):
+        trainer = build_trainer(preset="lohp", kl_target=kl_target, cloning_steps=0, training_steps=1)
+        run(trainer)
+        temperatures.append(trainer.temperature)
+    assert temperatures[0] == pytest.approx(2 * temperatures[1], rel=1e-5)
+    assert temperatures[1] > 1e-3
+
+
+def test_rollouts_are_scored_against_no_adapter_and_splices_keep_their_prefix(build_trainer, recordings):
+    trainer = build_trainer(preset="lohp", cloning_steps=0)
+    found = trainer._fresh_rollouts()
+    on_policy, spliced = found[:2], found[2:]
+    assert [item.prefix for item in on_policy] == [0, 0]
+    assert len({item.prefix for item in spliced}) == 1
+    prefix = spliced[0].prefix
+    assert 1 <= prefix <= 2
+    for item in spliced:
+        same = [item.states[: prefix + 1].equal(run[: prefix + 1]) for run in recordings.states]
+        assert any(same)
+    assert not spliced[0].states[-1].equal(spliced[1].states[-1])
+    for item in found:
+        assert float(item.losses[0]) == pytest.approx(1, abs=1e-4)
+        assert 0 < item.losses.max() <= 2
+    assert trainer.policy.training
+
+
+def test_effective_sample_sizes_are_by_task(build_trainer, monkeypatch):
+    seen = []
+    loss = trainer_module.hybrid_loss
+
+    def watch(batches, weights, **kwargs):
+        seen.append(batches)
+        return loss(batches, weights, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "hybrid_loss", watch)
+    run(build_trainer(preset="lohp", mode="on_policy", training_steps=5))
+    tasks = seen[-1]["on_policy"].tasks
+    assert tasks.bincount().tolist() == [2, 2]  # of the buffer's last draws, two rollouts a task
+
+
+def test_one_policy_step_is_enough_for_every_term(encoder, bank, trajectories, build_trainer):
+    recordings = Recordings.from_trajectories(trajectories, 1)
+    from tiny import build_policy
+
+    from lohp_peft.policy_learning.recordings import fit_scales
+
+    trainer = build_trainer(policy_steps=1, path_prefix_weight=0.5)
+    policy = build_policy(encoder, policy_steps=1)
+    fit_scales(policy, recordings)
+    trainer = type(trainer)(policy, bank, recordings, trainer.sampler, trainer.config, accelerator=trainer.accelerator)
+    assert all(map(finite, run(trainer).values()))

@@ -1,0 +1,238 @@
+import copy
+
+import pytest
+import torch
+from tiny import WORDS, build_base_model, build_encoder, build_tokenizer
+from torch.nn.functional import normalize
+from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+
+from lohp_peft.adapters.layout import AdapterLayout
+from lohp_peft.adapters.space import CoreSpace, LoraBSpace
+from lohp_peft.tasks import EncodedTexts, TextEncoder, tokenizer_fingerprint
+
+
+def whole_model(encoder, state, text, text_b=None, pooling="mean"):
+    """The embedding of one text, by the model with the update merged into its weights."""
+    model = copy.deepcopy(encoder.base_model)
+    if state is not None:
+        for name, delta in encoder.space.delta_weight(state).items():
+            weight = model.get_submodule(name).weight
+            weight.data += delta if isinstance(model.get_submodule(name), torch.nn.Linear) else delta.T
+    batch = encoder.tokenizer(text, text_b, truncation=True, max_length=encoder.max_length, return_tensors="pt")
+    with torch.no_grad():
+        tokens = model(**batch).last_hidden_state[0]
+    return {"mean": tokens.mean(0), "first": tokens[0], "last": tokens[-1]}[pooling]
+
+
+def decoder(kind):
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        model = GPT2Model(GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=3, n_head=2, n_positions=32))
+        targets = ["c_attn"]
+    else:
+        config = LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=16,
+        )
+        model, targets = LlamaModel(config), ["q_proj", "v_proj"]
+    return model.eval(), targets
+
+
+def random_states(space, count):
+    return torch.randn(count, *space.shape) * space.mask
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_equals_the_whole_model_text_by_text(texts, pooling, pair):
+    encoder = build_encoder(pooling=pooling, batch_size=4)
+    texts_b = texts.texts[::-1] if pair else None
+    states, owner = random_states(encoder.space, 3), torch.arange(len(texts)) % 3
+    encoded = encoder.prepare(texts.texts, texts_b)
+    assert encoder.first_layer == 2
+    base, adapted = encoder.embed(encoded), encoder.embed(encoded, states, owner)
+    for i, text in enumerate(texts.texts):
+        other = texts_b[i] if pair else None
+        torch.testing.assert_close(base[i], whole_model(encoder, None, text, other, pooling), atol=1e-5, rtol=1e-4)
+        one = whole_model(encoder, states[owner[i]], text, other, pooling)
+        torch.testing.assert_close(adapted[i], one, atol=1e-5, rtol=1e-4)
+    assert (adapted - base).abs().amax(1).min() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("space_kind", ["core", "lora_b"])
+def test_decoders_and_right_padding_for_left_padding_tokenizers(texts, kind, space_kind):
+    model, targets = decoder(kind)
+    layout = AdapterLayout.from_model(model, targets, [1, 2])
+    space = CoreSpace.from_base_weights(model, layout, 2) if space_kind == "core" else LoraBSpace.seeded(layout, 2)
+    tokenizer = build_tokenizer()
+    tokenizer.model_input_names, tokenizer.padding_side = ["input_ids", "attention_mask"], "left"
+    encoder = TextEncoder(model, tokenizer, space, pooling="last", batch_size=5)
+    states, owner = random_states(space, 2), torch.arange(len(texts)) % 2
+    encoded = encoder.prepare(texts.texts)
+    assert encoder.first_layer == 1
+    assert (encoded.attention_mask[:, 0] == 1).all()
+    adapted = encoder.embed(encoded, states, owner)
+    for i, text in enumerate(texts.texts):
+        one = whole_model(encoder, states[owner[i]], text, pooling="last")
+        torch.testing.assert_close(adapted[i], one, atol=1e-5, rtol=1e-4)
+    assert tokenizer.padding_side == "left"
+
+
+def test_the_prefix_changes_no_bit(encoder, texts):
+    whole = copy.copy(encoder)
+    whole.first_layer = 0
+    states, owner = random_states(encoder.space, 2), torch.arange(len(texts)) % 2
+    mine, theirs = encoder.prepare(texts.texts), whole.prepare(texts.texts)
+    assert not mine.hidden.equal(theirs.hidden)
+    assert encoder.embed(mine, states, owner).equal(whole.embed(theirs, states, owner))
+
+
+def test_padding_to_a_longer_neighbour_changes_nothing(encoder, texts):
+    encoded = encoder.prepare(texts.texts)
+    alone = torch.cat([encoder.embed(encoder.prepare([text])) for text in texts.texts])
+    torch.testing.assert_close(encoder.embed(encoded), alone, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_can_be_picked_and_joined(encoder, texts):
+    encoded = encoder.prepare(texts.texts)
+    whole = encoder.embed(encoded)
+    order = torch.randperm(len(texts))
+    torch.testing.assert_close(encoder.embed(encoded[order]), whole[order], atol=1e-5, rtol=1e-4)
+    parts = EncodedTexts.concatenate([encoded[order[:5]], encoded[order[5:]]])
+    torch.testing.assert_close(encoder.embed(parts), whole[order], atol=1e-5, rtol=1e-4)
+    short = encoded.attention_mask.sum(1).argmin()
+    assert encoded[short[None]].hidden.shape[1] == encoded.attention_mask[short].sum()
+
+
+def test_gradients_reach_the_states_only(encoder, texts):
+    states = random_states(encoder.space, 1).requires_grad_()
+    encoder.embed(encoder.prepare(texts.texts), states).square().sum().backward()
+    assert (states.grad.abs() > 0).any(-1).all()
+    assert all(p.grad is None for p in encoder.base_model.parameters())
+
+
+def test_several_adapters_need_owners(encoder, texts):
+    with pytest.raises(ValueError, match="`owner` must name the adapter"):
+        encoder.embed(encoder.prepare(texts.texts), random_states(encoder.space, 2))
+
+
+def test_statistics_are_means_over_tokens_in_the_bases(encoder, texts):
+    encoded = encoder.prepare(texts.texts)
+    state = random_states(encoder.space, 1)[0]
+    for at in (None, state):
+        found = encoder.statistics(encoded, at)
+        assert found.modules.shape == (len(texts), len(encoder.space.layout.modules), 4)
+        torch.testing.assert_close(found.embeddings, encoder.embed(encoded, None if at is None else at[None]))
+        seen = {}
+        model = copy.deepcopy(encoder.base_model)
+        for i, spec in enumerate(encoder.space.layout.modules):
+            module = model.get_submodule(spec.name)
+            if at is not None:
+                module.weight.data += encoder.space.delta_weight(at)[spec.name]
+
+            def keep(_module, args, output, i=i):
+                sides = args[0][0] @ encoder.space.input_basis(i), output[0] @ encoder.space.output_basis(i)
+                seen[i] = torch.cat(sides, -1).mean(0)
+
+            module.register_forward_hook(keep)
+        for n in (0, 7, 13):
+            with torch.no_grad():
+                model(**encoder.tokenizer(texts.texts[n], return_tensors="pt"))
+            torch.testing.assert_close(found.modules[n], torch.stack([seen[0], seen[1]]), atol=1e-5, rtol=1e-4)
+
+
+def test_the_model_is_left_as_it_was(encoder, texts):
+    model = encoder.base_model
+    model.train()
+    model.encoder.layer[0].eval()
+    model.encoder.layer[1].forward = forward = model.encoder.layer[1].forward  # as accelerate's hooks do
+    before = {name: (module.training, dict(vars(module))) for name, module in model.named_modules()}
+    encoded = encoder.prepare(texts.texts)
+    encoder.embed(encoded, random_states(encoder.space, 1))
+    encoder.statistics(encoded)
+    for name, module in model.named_modules():
+        assert module.training == before[name][0], name
+        assert vars(module).keys() == before[name][1].keys(), name
+        assert not module._forward_hooks, name
+        assert not module._forward_pre_hooks, name
+    assert model.encoder.layer[1].forward is forward
+    del model.encoder.layer[1].forward
+    model.eval()
+
+
+@pytest.mark.parametrize("stage", ["prepare", "embed", "statistics"])
+def test_the_model_is_left_as_it_was_after_an_error(encoder, texts, stage):
+    encoded, model = encoder.prepare(texts.texts), encoder.base_model
+    expected = encoder.embed(encoded)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    broken = model.embeddings if stage == "prepare" else model.encoder.layer[2].output
+    handle = broken.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        if stage == "prepare":
+            encoder.prepare(texts.texts)
+        elif stage == "embed":
+            encoder.embed(encoded, random_states(encoder.space, 1))
+        else:
+            encoder.statistics(encoded)
+    handle.remove()
+    for name, module in model.named_modules():
+        assert "forward" not in vars(module), name
+        assert not module._forward_hooks, name
+        assert not module._forward_pre_hooks, name
+    assert encoder.embed(encoded).equal(expected)
+
+
+def test_a_peft_model_is_read_through(encoder, texts):
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(copy.deepcopy(encoder.base_model), LoraConfig(target_modules=["query", "value"]))
+    other = TextEncoder(wrapped, encoder.tokenizer, encoder.space, batch_size=4)
+    state = random_states(encoder.space, 1)
+    expected = encoder.embed(encoder.prepare(texts.texts), state)
+    torch.testing.assert_close(other.embed(other.prepare(texts.texts), state), expected, atol=1e-5, rtol=1e-4)
+    assert other.statistics(other.prepare(texts.texts)).modules.shape[1] == 2
+
+
+def test_long_texts_are_truncated(encoder):
+    short = TextEncoder(encoder.base_model, encoder.tokenizer, encoder.space, max_length=6)
+    encoded = short.prepare(["word1 " * 20, "word1 " * 4])
+    assert encoded.attention_mask.shape == (2, 6)
+    torch.testing.assert_close(*short.embed(encoded), atol=1e-6, rtol=1e-5)
+
+
+def test_bfloat16_bank_states_and_autocast_stay_close(encoder, texts):
+    exact = encoder.embed(encoder.prepare(texts.texts))
+    half = TextEncoder(encoder.base_model, encoder.tokenizer, encoder.space, dtype=torch.bfloat16)
+    close = half.embed(half.prepare(texts.texts).to(torch.bfloat16))
+    assert normalize(close.float(), dim=1).mul(normalize(exact, dim=1)).sum(1).min() > 0.995
+    assert not close.equal(exact)
+
+
+def test_errors(encoder):
+    with pytest.raises(ValueError, match=r"must be one of \['mean', 'first', 'last'\], got 'max'"):
+        TextEncoder(encoder.base_model, encoder.tokenizer, encoder.space, pooling="max")
+    with pytest.raises(ValueError, match="at least one text, got none"):
+        encoder.prepare([])
+    with pytest.raises(ValueError, match="encoder.layer.2.attention.self.query: layout .16, 16., model absent"):
+        TextEncoder(build_base_model(2), encoder.tokenizer, encoder.space)
+    encoded = encoder.prepare(["word1"])
+    with pytest.raises(ValueError, match="`prepare` them with it"):
+        encoder.embed(EncodedTexts(None, encoded.attention_mask, encoded.token_ids, encoded.token_types))
+
+
+def test_the_tokenizers_fingerprint_is_its_vocabulary():
+    from transformers import BertTokenizer
+
+    tokenizer = build_tokenizer()
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(build_tokenizer())
+    swapped = [*WORDS[:-2], WORDS[-1], WORDS[-2]]
+    other = BertTokenizer(vocab={word: i for i, word in enumerate(swapped)})
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)

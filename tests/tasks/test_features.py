@@ -1,0 +1,87 @@
+import math
+
+import pytest
+import torch
+
+from lohp_peft.tasks import TaskFeatures, TextStatistics, fit_reference, task_features
+from lohp_peft.tasks.features import log_f_ratio
+
+LABELS = torch.arange(24) % 3
+
+
+@pytest.fixture
+def statistics():
+    """Classes that differ in every direction."""
+    centres = torch.randn(3, 10)
+    shifts = torch.randn(3, 2, 4)
+    noise = torch.randn(24, 10), torch.randn(24, 2, 4)
+    return TextStatistics(centres[LABELS] + 0.5 * noise[0], shifts[LABELS] + 0.5 * noise[1])
+
+
+@pytest.fixture
+def reference(statistics):
+    others = TextStatistics(torch.randn(40, 10), torch.randn(40, 2, 4))
+    return fit_reference([statistics, others], directions=6)
+
+
+def test_shapes(statistics, reference):
+    found = task_features(statistics, LABELS, 3, reference)
+    assert (found.set.shape, found.labels.shape, found.modules.shape) == ((12,), (9,), (2, 8))
+    batch = TaskFeatures.stack([found, found])
+    assert batch.modules.shape == (2, 2, 8)
+    assert all(getattr(found, name).isfinite().all() for name in ("set", "labels", "modules"))
+
+
+def test_neither_order_nor_names_matter_but_labels_do(statistics, reference):
+    found = task_features(statistics, LABELS, 3, reference)
+    order = torch.randperm(24)
+    moved = task_features(statistics[order], LABELS[order], 3, reference)
+    renamed = task_features(statistics, torch.tensor([2, 0, 1])[LABELS], 3, reference)
+    for other in (moved, renamed):
+        for name in ("set", "labels", "modules"):
+            torch.testing.assert_close(getattr(other, name), getattr(found, name), atol=2e-5, rtol=1e-4)
+    shuffled = task_features(statistics, LABELS[order], 3, reference)
+    torch.testing.assert_close(shuffled.set, found.set)  # the same texts
+    torch.testing.assert_close(shuffled.modules[:, 4:], found.modules[:, 4:])
+    assert (found.labels[:6] - shuffled.labels[:6]).mean() > 1  # whose labels say less
+    assert (found.modules[:, :4] - shuffled.modules[:, :4]).mean() > 1
+
+
+def test_log_f_ratio_is_that_of_the_analysis_of_variance():
+    stats = pytest.importorskip("scipy.stats")
+    x = torch.randn(24, 5, dtype=torch.float64)
+    theirs = stats.f_oneway(*(x[LABELS == c].numpy() for c in range(3))).statistic
+    torch.testing.assert_close(log_f_ratio(x, LABELS, 3), torch.as_tensor(theirs).log(), atol=1e-3, rtol=1e-3)
+    # classes without examples do not count, and neither does the scale
+    torch.testing.assert_close(log_f_ratio(100 * x, LABELS, 7), log_f_ratio(x, LABELS, 3), atol=1e-5, rtol=1e-5)
+
+
+def test_log_f_ratio_is_about_zero_under_random_labels():
+    x, labels = torch.randn(60, 4000), torch.arange(60) % 3
+    assert abs(log_f_ratio(x, labels, 3).exp().mean() - 1) < 0.1
+    assert abs(log_f_ratio(x, labels, 3).median()) < 0.5
+    told = x + 3 * torch.randn(3, 4000)[labels]
+    assert log_f_ratio(told, labels, 3).median() > 3
+
+
+def test_one_example_a_class_is_finite(statistics, reference):
+    found = task_features(statistics[torch.arange(3)], torch.arange(3), 3, reference)
+    assert all(getattr(found, name).isfinite().all() for name in ("set", "labels", "modules"))
+    assert found.labels[-2:].tolist() == pytest.approx([math.log(3), 0])
+
+
+def test_the_reference_is_an_orthonormal_frame(statistics, reference):
+    torch.testing.assert_close(reference["axes"].T @ reference["axes"], torch.eye(6), atol=1e-5, rtol=0)
+    assert (reference["axes_std"].diff() <= 1e-6).all()
+    assert fit_reference([statistics], 99)["axes"].shape == (10, 10)
+    same = TextStatistics(torch.ones(30, 10), torch.ones(30, 2, 4))
+    flat = task_features(same, torch.arange(30) % 2, 2, fit_reference([same], 4))
+    assert flat.set.isfinite().all()
+    with pytest.raises(ValueError, match="6 principal directions need at least as many texts, got 4"):
+        fit_reference([statistics[torch.arange(4)]], 6)
+
+
+def test_statistics_are_joined(statistics):
+    joined = TextStatistics.concatenate([statistics[torch.arange(3)], statistics[torch.arange(3, 24)]])
+    assert joined.embeddings.equal(statistics.embeddings)
+    assert len(joined) == 24

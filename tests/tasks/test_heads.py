@@ -1,0 +1,77 @@
+import pytest
+import torch
+from torch.nn.functional import normalize, one_hot
+
+from lohp_peft.tasks import solve_head
+
+
+@pytest.fixture
+def data():
+    features = torch.randn(15, 6, dtype=torch.float64)
+    labels = torch.tensor([0] * 7 + [1] * 3 + [2] * 5)  # unbalanced
+    return features, labels
+
+
+def test_ridge_solves_the_weighted_normal_equations(data):
+    features, labels = data
+    head = solve_head(features, labels, 3, "ridge", ridge=0.7, temperature=0.1)
+    x, y = normalize(features, dim=-1), one_hot(labels, 3).double()
+    weight = (15 / 3) / y.sum(0)[labels]  # every class counts the same
+    design = torch.cat([x, torch.ones(15, 1, dtype=x.dtype)], 1)
+    penalty = 0.7 * torch.eye(7, dtype=x.dtype)
+    penalty[-1, -1] = 0  # the intercept is free
+    solution = torch.linalg.solve(design.T @ (weight[:, None] * design) + penalty, design.T @ (weight[:, None] * y))
+    torch.testing.assert_close(head.weight * 0.1, solution[:-1].T)
+    torch.testing.assert_close(head.bias * 0.1, solution[-1])
+
+
+def test_ridge_equals_scikit_learn(data):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features, labels = data
+    x, y = normalize(features, dim=-1), one_hot(labels, 3).double()
+    theirs = linear_model.Ridge(alpha=3.0).fit(x, y, sample_weight=(5 / y.sum(0)[labels]).numpy())
+    scores = solve_head(features, labels, 3, "ridge", temperature=1.0).logits(features)
+    torch.testing.assert_close(scores, torch.as_tensor(theirs.predict(x)))
+
+
+def test_prototype_is_the_nearest_mean(data):
+    features, labels = data
+    head = solve_head(features, labels, 3, "prototype", temperature=0.5)
+    means = torch.stack([normalize(features[labels == c], dim=-1).mean(0) for c in range(3)])
+    others = torch.randn(20, 6, dtype=torch.float64)
+    distance = torch.cdist(normalize(others, dim=-1), means)
+    scores = head.logits(others)
+    assert scores.argmax(1).equal(distance.argmin(1))
+    torch.testing.assert_close(scores.diff(dim=1) * 0.5, -distance.square().diff(dim=1))
+
+
+@pytest.mark.parametrize("kind", ["ridge", "prototype"])
+def test_gradients_reach_the_embeddings(data, kind):
+    features, labels = data
+
+    def query_loss(support):
+        return solve_head(support, labels, 3, kind).logits(torch.ones(1, 6, dtype=support.dtype)).log_softmax(-1)[0, 0]
+
+    assert torch.autograd.gradcheck(query_loss, features.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("kind", ["ridge", "prototype"])
+def test_a_class_without_examples_never_wins(data, kind):
+    features, labels = data
+    with_absent = solve_head(features, labels, 5, kind)
+    scores = with_absent.logits(torch.randn(50, 6, dtype=torch.float64))
+    assert with_absent.weight.shape == (5, 6)
+    assert scores.isfinite().all()
+    assert scores.argmax(1).max() < 3
+    torch.testing.assert_close(with_absent.weight[:3], solve_head(features, labels, 3, kind).weight)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "prototype"])
+def test_one_example_a_class(kind):
+    features = torch.eye(3)
+    assert solve_head(features, torch.arange(3), 3, kind).logits(features).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_unknown_kind(data):
+    with pytest.raises(ValueError, match=r"must be one of \['ridge', 'prototype'\], got 'svm'"):
+        solve_head(*data, 3, "svm")

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from tiny import build_task
+
+from lohp_peft.tasks import EpisodeSampler, contrast_groups, contrast_task
+
+LABELS = {"a": torch.arange(40) % 2, "b": torch.arange(60) % 2, "many": torch.arange(120) % 8}
+
+
+def rows_of(parts):
+    return [(name, int(row)) for name, rows in parts for row in rows]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def episodes(count=150, **kwargs):
+    sampler = EpisodeSampler(LABELS, [["a", "b"]], **kwargs)
+    source = generator()
+    return [sampler.sample(source) for _ in range(count)]
+
+
+def test_support_and_query_are_disjoint_and_within_bounds():
+    kinds = set()
+    for episode in episodes(merge=0.5, support_size=24, query_size=16):
+        support, query = rows_of(episode.support), rows_of(episode.query)
+        assert not set(support) & set(query)
+        assert len(set(support)) == len(support) == len(episode.support_labels) <= 24
+        assert 0 < len(query) == len(episode.query_labels) <= 16
+        for labels in (episode.support_labels, episode.query_labels):
+            assert labels.unique().tolist() == list(range(episode.n_classes))
+        assert episode.support_labels.bincount().min() >= 2
+        kinds.add(episode.kind)
+    assert kinds == {"subset", "merge", "contrast"}
+
+
+def test_labels_are_those_of_the_rows():
+    for episode in episodes(merge=0.5):
+        if episode.kind == "contrast":
+            continue
+        found = {}
+        for parts, labels in ((episode.support, episode.support_labels), (episode.query, episode.query_labels)):
+            for (name, row), label in zip(rows_of(parts), labels.tolist(), strict=True):
+                found.setdefault((name, int(LABELS[name][row])), set()).add(label)
+        assert all(len(labels) == 1 for labels in found.values())  # one class has one label
+        merged = len(found) > episode.n_classes
+        assert merged == (episode.kind == "merge")
+
+
+@pytest.mark.parametrize("draw", ["sample", "task", "contrast"])
+def test_the_generator_alone_decides(draw):
+    def made(seed):
+        sampler, source = EpisodeSampler(LABELS, [["a", "b"]]), generator(seed)
+        if draw == "sample":
+            episode = sampler.sample(source)
+        elif draw == "task":
+            episode = sampler.whole_task_episode("many", source)
+        else:
+            episode = sampler.contrast_episode(["a", "b"], True, source)
+        return rows_of(episode.support), rows_of(episode.query), episode.support_labels.tolist()
+
+    assert made(1) == made(1)
+    assert made(1) != made(2)
+
+
+def test_a_contrast_has_the_same_texts_under_two_labelings():
+    sampler = EpisodeSampler(LABELS, [["a", "b"]])
+    by_class, by_task = (sampler.contrast_episode(["a", "b"], by, generator()) for by in (False, True))
+    assert rows_of(by_class.support) == rows_of(by_task.support)
+    assert rows_of(by_class.query) == rows_of(by_task.query)
+    rows = rows_of(by_class.support)
+    assert by_class.support_labels.tolist() == [int(LABELS[name][row]) for name, row in rows]
+    assert by_task.support_labels.tolist() == [["a", "b"].index(name) for name, _ in rows]
+
+
+def test_a_task_that_lacks_a_class_is_no_part_of_a_contrast():
+    short = torch.tensor([0] * 3 + [1] * 10 + [2] * 10)  # its class 1 would pass for class 0
+    full = torch.arange(30) % 3
+    sampler = EpisodeSampler({"short": short, "x": full, "y": full}, [["short", "x", "y"]], contrast=1.0)
+    assert sampler.groups == [["x", "y"]]
+    assert EpisodeSampler({"short": short, "x": full}, [["short", "x"]], contrast=1.0).contrast == 0
+
+
+def test_the_share_of_contrasts():
+    share = sum(episode.kind == "contrast" for episode in episodes(400, contrast=0.5)) / 400
+    assert 0.4 < share < 0.6
+    assert all(episode.kind != "contrast" for episode in episodes(50, contrast=0.0))
+
+
+def test_sampler_errors():
+    with pytest.raises(ValueError, match=r"not among the training tasks: \['c'\]"):
+        EpisodeSampler(LABELS, [["a", "c"]])
+    with pytest.raises(ValueError, match="No task has two classes with at least four rows each"):
+        EpisodeSampler({"tiny": torch.tensor([0, 0, 0, 0, 1, 1, 1])})
+
+
+def test_contrast_groups_share_label_names():
+    tasks = [build_task("a"), build_task("b", seed=1), build_task("three", n_classes=3), build_task("p", pair=True)]
+    assert contrast_groups(tasks) == [["a", "b"]]
+    swapped = build_task("s")
+    object.__setattr__(swapped.examples, "label_names", swapped.examples.label_names[::-1])
+    assert contrast_groups([*tasks, swapped]) == [["a", "b"]]  # its class 0 is the others' class 1
+
+
+def test_contrast_tasks_pool_the_same_texts():
+    tasks = [build_task("a", family="x"), build_task("b", seed=1, family="x")]
+    by_class, by_task = (contrast_task(tasks, by, "pool", rows_per_task=10) for by in (False, True))
+    assert by_class.examples.texts == by_task.examples.texts
+    assert len(by_class.examples) == 20
+    assert by_class.examples.label_names == ("class 0", "class 1")
+    assert by_class.examples.labels == tasks[0].examples.labels[:10] + tasks[1].examples.labels[:10]
+    assert by_task.examples.label_names == ("a", "b")
+    assert by_task.examples.labels == (0,) * 10 + (1,) * 10
+    assert (by_class.family, by_task.family) == ("x", "domain")
+    with pytest.raises(ValueError, match="one label set; 'a' has .* but {'three': "):
+        contrast_task([tasks[0], build_task("three", n_classes=3)], True, "pool")

@@ -1,0 +1,345 @@
+"""What is saved after a generation is an ordinary LoRA: it loads, bit for bit, where this package does not exist."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.lora import LoraModel
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+import lohp_peft
+import tiny_world as tiny
+from lohp_peft import (
+    GenerationConfig,
+    LoHpConfig,
+    generate_adapter,
+    initialize_lohp_weights,
+    save_uniform_lora,
+    to_plain_lora,
+)
+from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, save_plain_lora
+from lohp_peft.adapters.importing import read_plain_lora
+from lohp_peft.hub import check_folder
+
+RAW = GenerationConfig(choose=False)
+ROWS = tiny.build_rows()
+PROVENANCE = {
+    "policy",
+    "revision",
+    "base_fingerprint",
+    "seed",
+    "candidates",
+    "scores",
+    "label_names",
+    "pooling",
+    "max_length",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny.build_policy(tiny.build_bert())
+
+
+@pytest.fixture(scope="module")
+def folders(policy, tokenizer, tmp_path_factory):
+    """A policy and base models on disk."""
+    root = tmp_path_factory.mktemp("world")
+    policy.save_pretrained(root / "policy")
+    for name, model in {"encoder": tiny.build_bert(), "classifier": tiny.build_bert_classifier()}.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+def outputs(model, tokenizer):
+    batch = tokenizer([row["text"] for row in ROWS], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = model.eval()(**batch)
+    return found.logits if "logits" in found else found.last_hidden_state
+
+
+def generated(folders, kind, tokenizer, **fields):
+    loader = {"encoder": type(tiny.build_bert()), "classifier": type(tiny.build_bert_classifier())}[kind]
+    task = {"encoder": "FEATURE_EXTRACTION", "classifier": "SEQ_CLS"}[kind]
+    base = loader.from_pretrained(folders / kind)
+    model = get_peft_model(base, LoHpConfig(policy=str(folders / "policy"), task_type=task, **fields))
+    model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
+    return model
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["lohp_peft"] = None
+import torch
+from peft import AutoPeftModelForFeatureExtraction, AutoPeftModelForSequenceClassification, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+base, adapter, kind, texts = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4].split("|")
+auto, auto_peft = {
+    "encoder": (AutoModel, AutoPeftModelForFeatureExtraction),
+    "classifier": (AutoModelForSequenceClassification, AutoPeftModelForSequenceClassification),
+}[kind]
+batch = AutoTokenizer.from_pretrained(base)(texts, padding=True, return_tensors="pt")
+direct = auto.from_pretrained(base)
+direct.load_adapter(adapter)
+models = {
+    "peft": PeftModel.from_pretrained(auto.from_pretrained(base), adapter),
+    "trainable": PeftModel.from_pretrained(auto.from_pretrained(base), adapter, is_trainable=True),
+    "lean": PeftModel.from_pretrained(auto.from_pretrained(base), adapter, low_cpu_mem_usage=True),
+    "renamed": PeftModel.from_pretrained(auto.from_pretrained(base), adapter, adapter_name="renamed"),
+    "auto": auto_peft.from_pretrained(adapter),
+    "transformers": direct,
+}
+found = {}
+for name, model in models.items():
+    with torch.no_grad():
+        output = model.eval()(**batch)
+    found[name] = (output.logits if "logits" in output else output.last_hidden_state).contiguous()
+save_file(found, "found.safetensors")
+print(*sorted({type(getattr(m, "base_model", m)).__name__ for m in (models["peft"], models["auto"])}))
+"""
+
+
+def run_without_the_package(base, adapter, kind, cwd):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    texts = "|".join(row["text"] for row in ROWS)
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(base), str(adapter), kind, texts]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "LoraModel\n"
+    return load_file(cwd / "found.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder", "classifier"])
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True, "use_rslora": True}], ids=["lora", "dora"])
+def test_it_loads_bit_for_bit_without_the_package(kind, fields, folders, tokenizer, tmp_path):
+    model = generated(folders, kind, tokenizer, **fields)
+    wanted = outputs(model, tokenizer)
+    model.save_pretrained(tmp_path / "adapter")
+    found = run_without_the_package(folders / kind, tmp_path / "adapter", kind, tmp_path)
+    for name, output in found.items():
+        if name == "transformers" and kind == "classifier":
+            continue  # transformers' own integration reads no `modules_to_save`
+        assert torch.equal(output, wanted), name
+
+
+def test_what_is_in_the_folder(folders, tokenizer, tmp_path):
+    model = generated(folders, "encoder", tokenizer)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["inference_mode"] is True
+    assert not {"policy", "support", "init_weights"} & set(config)
+    provenance = json.loads((tmp_path / "lohp_provenance.json").read_text())
+    assert set(provenance) >= PROVENANCE
+    assert provenance["label_names"] == ["bad", "good"]
+    assert provenance["policy"] == "policy"
+    assert "reason" not in provenance
+    written = " ".join(path.read_text() for path in tmp_path.glob("*.json"))
+    assert not any(row["text"] in written for row in ROWS)
+    assert str(folders / "policy") not in written
+    head = load_file(tmp_path / "head.safetensors")
+    assert torch.equal(head["weight"], model.adapter_head().weight)
+    assert torch.equal(head["bias"], model.adapter_head().bias)
+    assert "peft_type" not in provenance
+    assert model.peft_config["default"].peft_type == "LOHP"
+
+
+def test_a_classifier_is_saved_with_the_adapter(folders, tokenizer, tmp_path):
+    generated(folders, "classifier", tokenizer).save_pretrained(tmp_path)
+    assert not (tmp_path / "head.safetensors").exists()
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(name.startswith("base_model.model.classifier.") for name in weights)
+
+
+def test_pushing_uploads_the_same_files(folders, tokenizer, monkeypatch):
+    sent = {}
+
+    def upload(self, working_dir, *args, **kwargs):
+        sent.update({path.name: path.read_bytes() for path in Path(working_dir).iterdir()})
+
+    monkeypatch.setattr("peft.peft_model.PeftModel._upload_modified_files", upload)
+    monkeypatch.setattr(
+        "transformers.utils.hub.create_repo", lambda *args, **kwargs: type("Url", (), {"repo_id": "a/b"})
+    )
+    generated(folders, "encoder", tokenizer).push_to_hub("a/b")
+    assert {"adapter_config.json", "adapter_model.safetensors", "lohp_provenance.json", "head.safetensors"} <= set(
+        sent
+    )
+    assert json.loads(sent["adapter_config.json"])["peft_type"] == "LORA"
+
+
+def test_adapters_by_name_have_their_own_folders(folders, tokenizer, tmp_path):
+    model = generated(folders, "encoder", tokenizer)
+    model.add_adapter("other", LoHpConfig(policy=str(folders / "policy"), task_type="FEATURE_EXTRACTION"))
+    model.save_pretrained(tmp_path)
+    types = {
+        path.parent.name: json.loads(path.read_text())["peft_type"] for path in tmp_path.rglob("adapter_config.json")
+    }
+    assert types == {tmp_path.name: "LORA", "other": "LOHP"}
+    assert not (tmp_path / "other" / "head.safetensors").exists()
+
+
+def test_a_plain_configuration_keeps_the_record_too(policy, folders, tokenizer, tmp_path):
+    base = AutoModel.from_pretrained(folders / "encoder")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION"))
+    initialize_lohp_weights(model, policy, ROWS, tokenizer=tokenizer, config=RAW)
+    wanted = outputs(model, tokenizer)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "lohp_provenance.json").exists()
+    assert (tmp_path / "head.safetensors").exists()
+    loaded = AutoPeftModelForFeatureExtraction.from_pretrained(tmp_path)
+    assert type(loaded.peft_config["default"]) is LoraConfig
+    assert torch.equal(outputs(loaded, tokenizer), wanted)
+
+
+def test_turned_into_plain_lora_in_memory(folders, tokenizer, tmp_path):
+    model = generated(folders, "encoder", tokenizer)
+    wanted = outputs(model, tokenizer)
+    model.save_pretrained(tmp_path / "before")
+    with pytest.raises(ValueError, match="Cannot combine adapters"):
+        model.load_adapter(tmp_path / "before", "again")
+    assert to_plain_lora(model) is model
+    assert type(model.base_model) is LoraModel
+    assert model.peft_type is PeftType.LORA
+    assert torch.equal(outputs(model, tokenizer), wanted)
+    model.load_adapter(tmp_path / "before", "again")
+    model.set_adapter("again")
+    assert torch.equal(outputs(model, tokenizer), wanted)
+    model.save_pretrained(tmp_path / "after", selected_adapters=["default"])
+    names = {path.name for path in (tmp_path / "before").iterdir()}
+    assert {path.name for path in (tmp_path / "after").iterdir()} == names
+    with pytest.raises(TypeError, match="LoHpConfig"):
+        to_plain_lora(model)
+
+
+# Without a model around it
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_generated_adapter_saves_itself(uniform, policy, folders, tokenizer, tmp_path):
+    base = AutoModel.from_pretrained(folders / "encoder").eval()
+    made = generate_adapter(policy, base, tokenizer, ROWS, RAW)
+    made.save_pretrained(tmp_path, base_model_name="someone/encoder", uniform=uniform)
+    for name, (a, b) in read_plain_lora(tmp_path).items():
+        assert torch.equal(a, made.lora[name][0])
+        assert torch.equal(b, made.lora[name][1])
+    assert (tmp_path / "head.safetensors").exists() is not uniform
+    kind, files = check_folder(tmp_path)
+    assert kind == "adapter"
+    assert "README.md" in files
+    in_model = generated(folders, "encoder", tokenizer)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(outputs(loaded, tokenizer), outputs(in_model, tokenizer))
+
+
+def test_two_exports_are_the_same_files(policy, tokenizer, tmp_path):
+    made = generate_adapter(policy, tiny.build_bert(), tokenizer, ROWS, RAW)
+    for name in ("a", "b"):
+        made.save_pretrained(tmp_path / name)
+    for path in (tmp_path / "a").iterdir():
+        if path.name != "README.md":
+            assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_an_abstention_is_exported_and_says_so(policy, tokenizer, tmp_path):
+    base = tiny.build_bert()
+    made = generate_adapter(policy, base, tokenizer, ROWS, RAW)
+    zero = {name: (a, torch.zeros_like(b)) for name, (a, b) in made.lora.items()}
+    silent = type(made)(zero, made.state * 0, made.path, made.head, made.label_names, made.report)
+    with pytest.raises(ValueError, match="every update is zero"):
+        silent.save_pretrained(tmp_path / "silent")
+    assert not (tmp_path / "silent").exists()
+    fields = {**vars(made.report), "chosen": "none", "abstained": True, "reason": "Nothing to gain."}
+    stated = type(made)(zero, silent.state, made.path, made.head, made.label_names, type(made.report)(**fields))
+    stated.save_pretrained(tmp_path / "stated")
+    provenance = json.loads((tmp_path / "stated" / "lohp_provenance.json").read_text())
+    assert provenance["reason"] == "Nothing to gain"
+    loaded = PeftModel.from_pretrained(tiny.build_bert(), tmp_path / "stated")
+    assert torch.equal(outputs(loaded, tokenizer), outputs(tiny.build_bert(), tokenizer))
+
+
+# One rank for servers
+
+
+def test_uniform_export_of_patterns(tokenizer, tmp_path):
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        use_rslora=True,
+        target_modules=["query", "value", "key"],
+        rank_pattern={"key": 7, "layer.0.attention.self.value": 1},
+        alpha_pattern={"value": 11},
+        init_lora_weights=False,
+        task_type="SEQ_CLS",
+    )
+    model = get_peft_model(tiny.build_bert_classifier(), config)
+    wanted = outputs(model, tokenizer)
+    save_uniform_lora(model, tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"], saved["use_rslora"]) == (7, 7, False)
+    assert (saved["rank_pattern"], saved["alpha_pattern"], saved["modules_to_save"]) == ({}, {}, None)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tuple(w.shape) for name, w in weights.items() if "lora_A" in name} == {(7, 16)}
+    assert all("lora_" in name for name in weights)
+    loaded = PeftModel.from_pretrained(tiny.build_bert_classifier(), tmp_path)
+    torch.testing.assert_close(outputs(loaded, tokenizer), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_uniform_lora_cannot_hold(policy, tokenizer, tmp_path):
+    config = LoraConfig(target_modules=["query"], use_dora=True, init_lora_weights=False)
+    with pytest.raises(ValueError, match="cannot hold 2 modules.*Dora"):
+        save_uniform_lora(get_peft_model(tiny.build_bert(), config), tmp_path / "dora")
+    embedding = get_peft_model(tiny.build_bert(), LoraConfig(target_modules=["word_embeddings"]))
+    with pytest.raises(ValueError, match="cannot hold 1 modules.*embedding"):
+        save_uniform_lora(embedding, tmp_path / "embedding")
+    fresh = get_peft_model(tiny.build_bert(), LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="every update is zero"):
+        save_uniform_lora(fresh, tmp_path / "zero")
+    with pytest.raises(ValueError, match="must be one of"):
+        save_uniform_lora(fresh, tmp_path / "zero", "other")
+    with pytest.raises(TypeError, match="PeftModel"):
+        save_uniform_lora(tiny.build_bert(), tmp_path / "none")
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_wrong_with_an_adapter_is_named(tmp_path):
+    config = plain_lora_config("someone/tiny", ["a", "b"], 2)
+    good, bad = torch.ones(2, 4), torch.full((2, 4), float("nan"))
+    with pytest.raises(
+        ValueError, match=r"covers \['c'\] .* lacks \['a'\].*b: A \(3, 4\).*c: values that are not finite"
+    ):
+        save_plain_lora(tmp_path / "x", {"b": (torch.ones(3, 4), torch.ones(4, 3)), "c": (bad, good.T)}, config)
+    with pytest.raises(ValueError, match="matches no module"):
+        save_plain_lora(tmp_path / "x", {}, config)
+    config.use_rslora = True
+    with pytest.raises(ValueError, match="neither use_rslora nor patterns"):
+        save_plain_lora(tmp_path / "x", {"a": (good, good.T), "b": (good, good.T)}, config)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_head_of_before_does_not_stay(tmp_path):
+    head = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
+    GenerationRecord({"seed": 0}, head).write(tmp_path)
+    assert (tmp_path / "head.safetensors").exists()
+    GenerationRecord({"seed": 1}).write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"lohp_provenance.json"}
+
+
+def test_public_names_are_sorted_and_documented():
+    assert lohp_peft.__all__ == sorted(lohp_peft.__all__)
+    assert set(lohp_peft.__all__) <= set(dir(lohp_peft))
