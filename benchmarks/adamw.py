@@ -19,8 +19,8 @@ from lohp_peft.evaluation import scores
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.tasks import draw
 
-TASKS = "amazon_music ss_youtube sanders_twitter hint3_curekart insults fewrel_nyt absa_twitter ytspam_psy".split()
-RATES, STEPS, SHOTS, MAX_TEST = (3e-4, 1e-3, 3e-3), (5, 10, 20, 40), 16, 200
+TASKS = "amazon_music ss_youtube fewrel_nyt absa_twitter".split()
+RATES, STEPS, SHOTS, MAX_TEST = (1e-3, 3e-3), (5, 10, 20, 40), 16, 200
 
 
 def run_task(task, policy, model, tokenizer) -> dict[str, float]:

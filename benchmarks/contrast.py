@@ -66,9 +66,9 @@ class Pool:
 def pool(names: Sequence[str], max_test: int, seed: int = 0) -> Pool:
     """Pool domains with one label set; as many test rows from every cell."""
     tasks = load_tasks(names)
-    (group,) = contrast_groups(tasks)
-    if len(group) != len(names):
-        raise SystemExit(f"The domains must share their label names, only {group} do.")
+    groups = contrast_groups(tasks)
+    if groups != [list(names)]:
+        raise SystemExit(f"The domains {', '.join(names)} must share their label names; groups that do: {groups}.")
     classes = tasks[0].examples.n_classes
     sides = []
     for split in ("train", "test"):

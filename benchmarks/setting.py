@@ -84,7 +84,8 @@ def _commit() -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!README.md")
+    generated = (f":(top,exclude){path}" for path in ("benchmarks/results", "benchmarks/README.md", "README.md"))
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *generated)
     return f"{commit}+changes" if commit and changed else commit
 
 

@@ -4,6 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -266,12 +267,14 @@ def generate_adapters(
     start = time.perf_counter()
     examples = [read_support(support) for support in supports]
     encoder = encoder or encoder_for(policy, base_model, tokenizer)
-    job = _Job(policy, encoder, examples, config)
     made = []
-    features = TaskFeatures.stack([job.features(i, slice(None)) for i in range(len(examples))])
-    paths = job.rollout(features, job.all_rows())
-    states, candidates, reasons = job.choose(paths)
-    embeddings = encoder.embed(job.encoded, states, job.owner).split(job.sizes)
+    # An adapter that a `PeftModel` already holds is no part of what the policy was trained on.
+    with getattr(base_model, "disable_adapter", nullcontext)():
+        job = _Job(policy, encoder, examples, config)
+        features = TaskFeatures.stack([job.features(i, slice(None)) for i in range(len(examples))])
+        paths = job.rollout(features, job.all_rows())
+        states, candidates, reasons = job.choose(paths)
+        embeddings = encoder.embed(job.encoded, states, job.owner).split(job.sizes)
     seconds = (time.perf_counter() - start) / len(examples)
     for i, task in enumerate(examples):
         head = job.solve(embeddings[i], task.targets, task.n_classes)

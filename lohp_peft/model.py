@@ -78,7 +78,7 @@ class LoHpModel(LoraModel):
         follow_policy(config, model)
         inputs = None
         if config.support is not None and config.init_weights:
-            if kwargs.get("low_cpu_mem_usage") or nn.Linear(1, 1).weight.is_meta or _has_meta(model):
+            if kwargs.get("low_cpu_mem_usage") or nn.LayerNorm(1).weight.is_meta or _has_meta(model):
                 warnings.warn(
                     f"Adapter {adapter_name!r} is not generated, because there are no weights yet (meta device); call "
                     "`generate_adapter` once they are loaded.",
@@ -203,7 +203,7 @@ def initialize_lohp_weights(
         TypeError: When the model has no LoRA tuner.
         ValueError: When policy, base model, tokenizer, adapter or labels do not fit, naming both sides.
     """
-    tuner = getattr(peft_model, "base_model", None)
+    tuner: Any = getattr(peft_model, "base_model", None)
     if not isinstance(peft_model, PeftModel) or type(tuner) not in (LoraModel, LoHpModel):
         raise TypeError(
             f"`peft_model` must be a PeftModel with a LoraConfig, got {type(peft_model).__name__} around "

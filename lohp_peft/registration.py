@@ -1,5 +1,7 @@
 """Adding the method to PEFT's tables; the only code that touches them."""
 
+from typing import Any
+
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
@@ -9,7 +11,7 @@ from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 METHOD = "LOHP"
 
 
-def ensure_peft_type(enum: type = PeftType, name: str = METHOD):
+def ensure_peft_type(enum: Any = PeftType, name: str = METHOD) -> Any:
     """The member `name` of PEFT's enum of methods, added when it is not there.
 
     PEFT looks methods up in an enum that has no hook for others. Extending it by hand works on Python 3.10 to 3.13

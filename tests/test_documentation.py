@@ -31,8 +31,12 @@ def test_tree():
     paths = tree_paths(README)
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing
-    parts = {path.name for path in (ROOT / "lohp_peft").iterdir() if path.name[0] not in "_." and path.suffix != ".typed"}
-    listed = {path.rstrip("/").split("/")[-1] for path in paths if path.startswith("lohp_peft/") and path.count("/") < 3}
+    parts = {
+        path.name for path in (ROOT / "lohp_peft").iterdir() if path.name[0] not in "_." and path.suffix != ".typed"
+    }
+    listed = {
+        path.rstrip("/").split("/")[-1] for path in paths if path.startswith("lohp_peft/") and path.count("/") < 3
+    }
     assert parts - {"templates"} <= listed
 
 

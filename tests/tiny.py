@@ -8,7 +8,15 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from lohp_peft.adapters.layout import AdapterLayout, base_model_fingerprint
 from lohp_peft.adapters.space import CoreSpace
 from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, ReferenceSet
-from lohp_peft.tasks import Examples, Task, TaskFeatures, TextEncoder, fit_reference, task_features, tokenizer_fingerprint
+from lohp_peft.tasks import (
+    Examples,
+    Task,
+    TaskFeatures,
+    TextEncoder,
+    fit_reference,
+    task_features,
+    tokenizer_fingerprint,
+)
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 GROUPS = [[f"{stem}{i}" for i in range(4)] for stem in ("good", "bad", "odd")]

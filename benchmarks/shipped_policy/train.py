@@ -14,7 +14,14 @@ from lohp_peft.cli.overrides import read_config
 from lohp_peft.policy_learning import PolicyLearningConfig, train_policy
 from lohp_peft.trajectories import TrajectoryDataset
 
-DEFAULTS = {"cloning_steps": "400", "training_steps": "1000", "validate_every": "200", "rows_per_task": "300", "subtb_weight": "0.01", "cloning_weight": "0.02"}
+DEFAULTS = {
+    "cloning_steps": "400",
+    "training_steps": "760",
+    "validate_every": "200",
+    "rows_per_task": "300",
+    "subtb_weight": "0.01",
+    "cloning_weight": "0.02",
+}
 
 if __name__ == "__main__":
     trajectories, output, start = Path(sys.argv[1]), Path(sys.argv[2]), time.perf_counter()

@@ -1,7 +1,7 @@
 import pytest
-from tiny import build_encoder, build_policy, build_task, features_of
 
 from lohp_peft.tasks import TaskFeatures
+from tiny import build_encoder, build_policy, build_task, features_of
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import build_encoder, build_policy, features_of
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import CoreSpace, LoraBSpace
 from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, rollout
 from lohp_peft.tasks import TaskFeatures, TextEncoder
+from tiny import build_encoder, build_policy, features_of
 
 STEPS = torch.tensor([0, 1, 2])
 
@@ -59,7 +59,9 @@ def test_the_mean_reads_its_inputs(policy, features, state, changed):
     arguments["optimizer"] = torch.tensor([1, 1, 1])
     before = policy.forward_policy(**arguments) - arguments["state"]
     other = {
-        "features": features.__class__(features.set.roll(1, 0), features.labels.roll(1, 0), features.modules.roll(1, 0)),
+        "features": features.__class__(
+            features.set.roll(1, 0), features.labels.roll(1, 0), features.modules.roll(1, 0)
+        ),
         "step": torch.tensor([1, 2, 0]),
         "state": state + 0.1 * policy.space.mask,
         "previous": state,
@@ -142,7 +144,9 @@ def test_missing_files_are_named(policy, tmp_path, name):
         LoHpPolicy.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "space.safetensors", "reference_set.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "space.safetensors", "reference_set.safetensors"]
+)
 def test_damaged_files_are_named(policy, tmp_path, name):
     policy.save_pretrained(tmp_path)
     path = tmp_path / name

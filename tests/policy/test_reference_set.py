@@ -11,7 +11,9 @@ def reference(policy):
 
 
 def test_mean_and_nearest_adapter(reference):
-    torch.testing.assert_close(reference.mean_state(), (reference.states[0] + reference.states[1] + reference.states[2]) / 3)
+    torch.testing.assert_close(
+        reference.mean_state(), (reference.states[0] + reference.states[1] + reference.states[2]) / 3
+    )
     index, distance = reference.nearest_state_distance(1.1 * reference.states[1])
     assert index == 1
     assert distance == pytest.approx(0.1 / 1.1, rel=1e-4)
@@ -37,14 +39,19 @@ def test_the_wrong_task_is_seeded_and_of_another_family(reference):
 def test_there_must_be_another_family(reference):
     parts = reference.features
     only = ReferenceSet(
-        reference.names[:2], reference.families[:2], reference.states[:2], TaskFeatures(parts.set[:2], parts.labels[:2], parts.modules[:2])
+        reference.names[:2],
+        reference.families[:2],
+        reference.states[:2],
+        TaskFeatures(parts.set[:2], parts.labels[:2], parts.modules[:2]),
     )
     with pytest.raises(ValueError, match=r"a reference task outside \['spam'\]; there is none"):
         only.wrong_task("spam", "new", 0)
 
 
 def test_sizes_are_checked(reference):
-    with pytest.raises(ValueError, match=r"reference set of 2 tasks .* got \{'families': 3, 'states': 3, 'features': 3\}"):
+    with pytest.raises(
+        ValueError, match=r"reference set of 2 tasks .* got \{'families': 3, 'states': 3, 'features': 3\}"
+    ):
         ReferenceSet(reference.names[:2], reference.families, reference.states, reference.features)
 
 

@@ -20,7 +20,9 @@ def test_every_prefix_of_the_steps_is_the_shorter_rollout(policy, features):
     noisy = rollout(policy, features, noise=1.0, generator=generator())
     for steps in (1, 2, 3):
         assert rollout(policy, features, policy_steps=steps).equal(whole[:, : steps + 1])
-        assert rollout(policy, features, noise=1.0, generator=generator(), policy_steps=steps).equal(noisy[:, : steps + 1])
+        assert rollout(policy, features, noise=1.0, generator=generator(), policy_steps=steps).equal(
+            noisy[:, : steps + 1]
+        )
 
 
 def test_a_prefix_is_kept_bit_for_bit_and_continued(policy, features):
@@ -48,7 +50,9 @@ def test_noise_is_seeded_and_of_the_size_of_sigma(policy, features):
 def test_one_generator_a_row_makes_rows_independent_of_their_company(policy, features):
     both = rollout(policy, features, noise=1.0, generator=[generator(5) for _ in range(3)])
     one = features.__class__(features.set[2:], features.labels[2:], features.modules[2:])
-    torch.testing.assert_close(rollout(policy, one, noise=1.0, generator=generator(5))[0], both[2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        rollout(policy, one, noise=1.0, generator=generator(5))[0], both[2], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_a_closed_loop_measures_at_every_state_but_the_first(policy, features):

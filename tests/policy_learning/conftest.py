@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import build_encoder, build_policy, build_task
 
 from lohp_peft.policy_learning import LoHpTrainer, PolicyLearningConfig
 from lohp_peft.policy_learning.recordings import Recordings, fit_scales
 from lohp_peft.tasks import EpisodeSampler, TaskBank
 from lohp_peft.trajectories import Trajectory
+from tiny import build_encoder, build_policy, build_task
 
 TASKS = [
     build_task("spam", family="spam"),

@@ -2,13 +2,13 @@ import copy
 
 import pytest
 import torch
-from tiny import build_policy
 
 from lohp_peft.objectives import hybrid_loss
 from lohp_peft.policy import rollout
 from lohp_peft.policy_learning.losses import cloning_loss, repeat_features, segments, teacher_forced_means
 from lohp_peft.policy_learning.recordings import fit_scales
 from lohp_peft.tasks import TaskFeatures
+from tiny import build_policy
 
 
 @pytest.fixture
@@ -21,7 +21,9 @@ def policy(encoder, recordings):
 @pytest.fixture
 def features(policy):
     p, f = policy.config.principal_directions, policy.config.module_features
-    return TaskFeatures(torch.randn(6, 2 * p), torch.randn(6, p + 3), torch.randn(6, policy.config.state_shape[0], 2 * f))
+    return TaskFeatures(
+        torch.randn(6, 2 * p), torch.randn(6, p + 3), torch.randn(6, policy.config.state_shape[0], 2 * f)
+    )
 
 
 def test_teacher_forcing_along_a_rollout_gives_the_rollout(policy, features):
@@ -35,7 +37,9 @@ def test_cloning_is_zero_for_the_policys_own_steps_but_for_the_noise(policy, fea
     states = rollout(policy, features).detach()
     assert cloning_loss(policy, states, features, torch.zeros(6, dtype=torch.long), torch.Generator()) > 1e-4
     policy.config.noise_scale = 1e-3
-    far = cloning_loss(policy, states + policy.space.mask, features, torch.zeros(6, dtype=torch.long), torch.Generator())
+    far = cloning_loss(
+        policy, states + policy.space.mask, features, torch.zeros(6, dtype=torch.long), torch.Generator()
+    )
     near = cloning_loss(policy, states, features, torch.zeros(6, dtype=torch.long), torch.Generator())
     assert near < 1e-3 * far
 

@@ -3,11 +3,12 @@ import math
 
 import pytest
 import torch
-from policy_learning.conftest import assert_same_weights, build_trajectory, finite
 
 from lohp_peft.policy import rollout
 from lohp_peft.policy_learning import trainer as trainer_module
-from lohp_peft.policy_learning.recordings import Recordings
+from lohp_peft.policy_learning.recordings import Recordings, fit_scales
+from policy_learning.conftest import assert_same_weights, build_trajectory, finite
+from tiny import build_policy
 
 
 class Killed(BaseException):
@@ -22,7 +23,7 @@ def run(trainer, folder=None):
     return found
 
 
-@pytest.mark.parametrize("killed_at", [2, 3, 4, 7, 8], ids=lambda step: f"step{step}")
+@pytest.mark.parametrize("killed_at", [2, 3, 6], ids=lambda step: f"step{step}")
 def test_a_run_that_was_killed_continues_bit_for_bit(build_trainer, tmp_path, killed_at):
     whole = build_trainer(validate=True)
     expected = run(whole, tmp_path / "whole")
@@ -52,7 +53,9 @@ def test_a_checkpoint_is_safetensors_and_json_and_the_latest_only(build_trainer,
 
 def test_a_checkpoint_with_other_settings_is_refused(build_trainer, tmp_path):
     build_trainer(training_steps=0).train(tmp_path)
-    with pytest.raises(ValueError, match=r"\(checkpoint, now\): {'training_steps': \(0, 5\), 'kl_target': \(3.0, 1.0\)}"):
+    with pytest.raises(
+        ValueError, match=r"\(checkpoint, now\): {'training_steps': \(0, 5\), 'kl_target': \(3.0, 1.0\)}"
+    ):
         build_trainer(kl_target=1.0).train(tmp_path)
     assert json.loads((tmp_path / "state.json").read_text())["step"] == 3
 
@@ -67,7 +70,7 @@ def test_a_checkpoint_with_other_settings_is_refused(build_trainer, tmp_path):
         ({"preset": "lohp", "mode": "off_policy"}, {"recorded/loss"}, {"on_policy/loss", "spliced/loss"}),
         ({"preset": "lohp", "subtb_lambda": 0.0}, {"subtb"}, {"path"}),
         ({"preset": "lohp", "subtb_lambda": math.inf}, {"subtb"}, {"path"}),
-        ({"preset": "lohp+path", "subtb_weight": 0.0}, {"path"}, {"subtb"}),
+        ({"preset": "lohp+path", "subtb_weight": 0.0}, {"path", "path_grad_norm"}, {"subtb"}),
         ({"preset": "lohp+path", "path_prefix_weight": 0.5, "head": "prototype"}, {"path"}, set()),
         ({"preset": "lohp", "cloning_steps": 0}, {"subtb"}, set()),
     ],
@@ -77,7 +80,9 @@ def test_presets_and_ablations_run(build_trainer, settings, present, absent):
     trainer = build_trainer(**settings)
     before = {name: p.clone() for name, p in trainer.policy.named_parameters()}
     found = run(trainer)
-    assert len(found) == trainer.total_steps == (3 if settings["preset"] == "behaviour_cloning" else trainer.total_steps)
+    assert (
+        len(found) == trainer.total_steps == (3 if settings["preset"] == "behaviour_cloning" else trainer.total_steps)
+    )
     assert all(map(finite, found.values()))
     last = found[trainer.total_steps]
     assert present <= set().union(*found.values())
@@ -94,7 +99,7 @@ def test_lambda_changes_the_objective(build_trainer):
 
 
 def test_no_gradient_through_states_or_rewards_in_lohp(build_trainer, monkeypatch):
-    trainer = build_trainer(preset="lohp")
+    trainer, other = build_trainer(preset="lohp"), build_trainer(preset="lohp+path")
     states, losses = trainer.recordings.states.requires_grad_(), trainer.recordings.losses.requires_grad_()
     asked = []
     reward = trainer.bank.episode_losses
@@ -111,7 +116,8 @@ def test_no_gradient_through_states_or_rewards_in_lohp(build_trainer, monkeypatc
     assert not any(asked)
     assert all(not item.losses.requires_grad and not item.states.requires_grad for item in trainer.buffer.rollouts)
     asked.clear()
-    run(build_trainer(preset="lohp+path"))
+    states.requires_grad_(False), losses.requires_grad_(False)
+    run(other)
     assert any(asked)  # the pathwise term is the one that differentiates the reward
 
 
@@ -178,26 +184,44 @@ def test_divergence_is_an_error_and_no_update(build_trainer):
     trainer = build_trainer()
     with torch.no_grad():
         trainer.policy.forward_network.start.fill_(math.nan)
-    with pytest.raises(RuntimeError, match="diverged at training step 0: loss nan.*Lower `learning_rate`"):
+    with pytest.raises(RuntimeError, match="diverged at training step 0: cloning is nan.*Lower `learning_rate`"):
         trainer.training_step()
     assert trainer.policy.forward_network.gates.weight.isfinite().all()
 
 
+def test_the_gradient_of_each_loss_is_clipped_on_its_own(build_trainer):
+    trainer = build_trainer(max_grad_norm=1e-3, cloning_steps=0)
+    parameter = trainer.policy.forward_network.start
+    large = {"subtb": (1e6 * parameter.sum(), 0.5), "path": (parameter.flatten()[0] * 1e-4, 1.0)}
+    scalars = trainer._accumulate(large)
+    expected = torch.full_like(parameter, 0.5e-3 / parameter.numel() ** 0.5)
+    expected.view(-1)[0] += 1e-4  # below the limit: left as it is
+    torch.testing.assert_close(parameter.grad, expected)
+    assert scalars["path_grad_norm"] == pytest.approx(1e-4)
+
+
 def test_the_temperature_of_recordings_is_the_spread_of_their_ends(build_trainer, recordings):
-    trainer = build_trainer(preset="lohp", mode="off_policy", kl_target=2.0)
+    trainer = build_trainer(preset="lohp", mode="off_policy", kl_target=0.1)
     run(trainer)
     final = recordings.losses[:, -1].view(3, 2)
-    assert trainer.temperature == pytest.approx(float((final.var(1).mean() / 4).sqrt()))
+    assert trainer.temperature == pytest.approx(float((final.var(1).mean() / 0.2).sqrt()))
 
 
 def test_the_temperature_of_rollouts_follows_the_target(build_trainer):
     temperatures = []
-    for kl_target in (1.0, 4.0):
+    for kl_target in (0.01, 0.04):
         trainer = build_trainer(preset="lohp", kl_target=kl_target, cloning_steps=0, training_steps=1)
         run(trainer)
         temperatures.append(trainer.temperature)
     assert temperatures[0] == pytest.approx(2 * temperatures[1], rel=1e-5)
     assert temperatures[1] > 1e-3
+
+
+def test_the_temperature_is_bounded_by_the_range_of_the_reward(build_trainer, recordings):
+    trainer = build_trainer(preset="lohp", mode="off_policy", kl_target=1e6)
+    run(trainer)
+    decrease = 1 - recordings.losses[:, -1].mean()
+    assert trainer.temperature == pytest.approx(float(decrease / trainer_module.MAX_REWARD_RANGE))
 
 
 def test_rollouts_are_scored_against_no_adapter_and_splices_keep_their_prefix(build_trainer, recordings):
@@ -234,10 +258,6 @@ def test_effective_sample_sizes_are_by_task(build_trainer, monkeypatch):
 
 def test_one_policy_step_is_enough_for_every_term(encoder, bank, trajectories, build_trainer):
     recordings = Recordings.from_trajectories(trajectories, 1)
-    from tiny import build_policy
-
-    from lohp_peft.policy_learning.recordings import fit_scales
-
     trainer = build_trainer(policy_steps=1, path_prefix_weight=0.5)
     policy = build_policy(encoder, policy_steps=1)
     fit_scales(policy, recordings)

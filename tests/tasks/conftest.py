@@ -1,4 +1,5 @@
 import pytest
+
 from tiny import build_encoder, build_task
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tiny import build_policy, build_task, features_of
 from torch.nn.functional import cross_entropy
 
 from lohp_peft.tasks import EpisodeSampler, TaskBank, solve_head
+from tiny import build_policy, build_task, features_of
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@ import copy
 
 import pytest
 import torch
-from tiny import WORDS, build_base_model, build_encoder, build_tokenizer
 from torch.nn.functional import normalize
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import CoreSpace, LoraBSpace
 from lohp_peft.tasks import EncodedTexts, TextEncoder, tokenizer_fingerprint
+from tiny import WORDS, build_base_model, build_encoder, build_tokenizer
 
 
 def whole_model(encoder, state, text, text_b=None, pooling="mean"):
@@ -135,7 +135,7 @@ def test_statistics_are_means_over_tokens_in_the_bases(encoder, texts):
             if at is not None:
                 module.weight.data += encoder.space.delta_weight(at)[spec.name]
 
-            def keep(_module, args, output, i=i):
+            def keep(_module, args, output, i=i, seen=seen):
                 sides = args[0][0] @ encoder.space.input_basis(i), output[0] @ encoder.space.output_basis(i)
                 seen[i] = torch.cat(sides, -1).mean(0)
 
@@ -175,13 +175,13 @@ def test_the_model_is_left_as_it_was_after_an_error(encoder, texts, stage):
 
     broken = model.embeddings if stage == "prepare" else model.encoder.layer[2].output
     handle = broken.register_forward_hook(fail)
+    run = {
+        "prepare": lambda: encoder.prepare(texts.texts),
+        "embed": lambda: encoder.embed(encoded, random_states(encoder.space, 1)),
+        "statistics": lambda: encoder.statistics(encoded),
+    }[stage]
     with pytest.raises(KeyboardInterrupt):
-        if stage == "prepare":
-            encoder.prepare(texts.texts)
-        elif stage == "embed":
-            encoder.embed(encoded, random_states(encoder.space, 1))
-        else:
-            encoder.statistics(encoded)
+        run()
     handle.remove()
     for name, module in model.named_modules():
         assert "forward" not in vars(module), name

@@ -28,8 +28,14 @@ def write(path, rows):
         ([{"text": "x", "label": 0.5}], "row 0: 'label' must be a string or an int, got 0.5"),
         (["x"], "row 0: expected a mapping with 'text' and 'label', got str"),
         ([{"text": "x", "label": 1}, {"text": "x", "label": "1"}], r"all strings or all ints, got \['int', 'str'\]"),
-        ([{"text": "x", "text_b": "y", "label": 1}, {"text": "x", "label": 1}], "row 1: 'text_b' must be a string in all"),
-        ([{"text": "x", "label": 1}, {"text": "x", "text_b": "y", "label": 1}], "row 1: 'text_b' must be a string in all"),
+        (
+            [{"text": "x", "text_b": "y", "label": 1}, {"text": "x", "label": 1}],
+            "row 1: 'text_b' must be a string in all",
+        ),
+        (
+            [{"text": "x", "label": 1}, {"text": "x", "text_b": "y", "label": 1}],
+            "row 1: 'text_b' must be a string in all",
+        ),
         ([{"text": "x", "text_b": 3, "label": 1}], "row 0: 'text_b' must be a string in all rows or in none, got 3"),
     ],
 )
@@ -133,7 +139,9 @@ def test_draws_are_balanced_seeded_and_give_what_there_is():
     support = task.draw_support(5, seed=3)
     assert (support.labels.count(0), support.labels.count(1), support.n_classes) == (5, 3, 3)
     assert len(set(support.texts)) == 8
-    assert all(examples.labels[examples.texts.index(t)] == y for t, y in zip(support.texts, support.labels, strict=True))
+    assert all(
+        examples.labels[examples.texts.index(t)] == y for t, y in zip(support.texts, support.labels, strict=True)
+    )
     assert support == task.draw_support(5, seed=3)
     assert support != task.draw_support(5, seed=4)
     assert support.labels != tuple(sorted(support.labels))  # in random order

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tiny import build_task
 
 from lohp_peft.tasks import EpisodeSampler, contrast_groups, contrast_task
+from tiny import build_task
 
 LABELS = {"a": torch.arange(40) % 2, "b": torch.arange(60) % 2, "many": torch.arange(120) % 8}
 

@@ -17,7 +17,7 @@ from lohp_peft.weight_preparation import (
 )
 from lohp_peft.weight_preparation.preparation import _my_share
 from lohp_peft.weight_preparation.rows import select_rows
-from weight_preparation.conftest import build_base_model, build_task
+from tiny import build_base_model, build_task
 
 
 def _same(one, other):

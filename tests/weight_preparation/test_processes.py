@@ -14,7 +14,7 @@ from lohp_peft.adapters.space import LoraBSpace
 from lohp_peft.tasks.encoder import TextEncoder
 from lohp_peft.trajectories import TrajectoryDataset
 from lohp_peft.weight_preparation import WeightPreparationConfig, prepare_trajectories
-from weight_preparation.conftest import build_base_model, build_task, build_tokenizer
+from tiny import build_base_model, build_task, build_tokenizer
 
 CONFIG = WeightPreparationConfig(optimizers=("adamw",), optimizer_steps=4, record_every=2, rows_per_task=32)
 

@@ -11,7 +11,7 @@ from lohp_peft.adapters.space import CoreSpace, LoraBSpace
 from lohp_peft.trajectories import TrajectoryDataset
 from lohp_peft.weight_preparation import TrajectoryRecorder
 from lohp_peft.weight_preparation.snapshots import SnapshotStore
-from weight_preparation.conftest import WORDS, build_base_model
+from tiny import WORDS, build_base_model
 
 
 def rows(n=48):

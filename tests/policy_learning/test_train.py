@@ -1,0 +1,84 @@
+import pytest
+import torch
+from rich.console import Console
+
+from lohp_peft.adapters import base_model_fingerprint
+from lohp_peft.policy import LoHpPolicy
+from lohp_peft.policy_learning import plan_training, train_policy
+from lohp_peft.tasks import tokenizer_fingerprint
+from lohp_peft.trajectories import TrajectoryDataset
+from policy_learning.conftest import TASKS, assert_same_weights, build_trajectory, tiny_config
+from tiny import build_encoder, build_task
+
+
+@pytest.fixture
+def dataset(encoder, trajectories, tmp_path):
+    fingerprint = base_model_fingerprint(encoder.base_model)
+    dataset = TrajectoryDataset.create(
+        tmp_path / "recordings", space=encoder.space, base_fingerprint=fingerprint, base_model_name="/somewhere/tiny"
+    )
+    for task in TASKS:
+        dataset.append(task.name, [run for run in trajectories if run.task == task.name])
+    return dataset
+
+
+def train(encoder, dataset, folder, **kwargs):
+    config = tiny_config(cloning_steps=2, training_steps=2)
+    return train_policy(TASKS, encoder, dataset, folder, config, console=Console(quiet=True), **kwargs)
+
+
+def test_recordings_in_policy_out(encoder, dataset, tmp_path):
+    validation = [build_task("news", seed=7, family="news")]
+    policy = train(encoder, dataset, tmp_path / "policy", validation_tasks=validation, provenance={"commit": "abc"})
+    loaded = LoHpPolicy.from_pretrained(tmp_path / "policy")
+    assert_same_weights(loaded.state_dict(), policy.state_dict())
+    config = loaded.config
+    assert (config.preset, config.policy_steps, config.max_text_length) == ("lohp+path", 3, encoder.max_length)
+    assert config.base_model_name == "tiny"  # not a path of this machine
+    assert config.base_fingerprint == base_model_fingerprint(encoder.base_model)
+    assert config.tokenizer_fingerprint == tokenizer_fingerprint(encoder.tokenizer)
+    assert config.optimizers == ["adamw", "sam"]
+    assert list(config.provenance["training_tasks"]) == ["spam", "ham", "mood"]
+    assert config.provenance["validation_tasks"] == ["news"]
+    assert config.provenance["settings"]["cloning_steps"] == 2
+    assert config.provenance["commit"] == "abc"
+    reference = loaded.reference_set
+    assert (reference.names, reference.families) == (("spam", "ham", "mood"), ("spam", "spam", "emotion"))
+    assert reference.states[2].equal(build_trajectory(encoder.space, seed=5).states[-1])
+    again = train(encoder, dataset, tmp_path / "policy", validation_tasks=validation)
+    assert_same_weights(again.state_dict(), policy.state_dict())  # from its checkpoint
+
+
+@pytest.mark.parametrize("name", ["someone/tiny-bert", "tiny-bert"])
+def test_a_hub_id_stays_whole_and_comes_from_the_base_model(encoder, dataset, tmp_path, name):
+    encoder.base_model.config._name_or_path = name
+    try:
+        assert train(encoder, dataset, tmp_path / "policy").config.base_model_name == name
+    finally:
+        encoder.base_model.config._name_or_path = ""
+
+
+def test_the_plan_is_what_happens(encoder, dataset, tmp_path):
+    config = tiny_config(cloning_steps=2, training_steps=2)
+    plan = plan_training(TASKS, dataset, config, TASKS[:1])
+    assert (plan.tasks, plan.validation_tasks, plan.trajectories) == (3, 1, 6)
+    assert plan.contrast_groups == [["spam", "ham"]]
+    assert (plan.cloning_steps, plan.training_steps) == (2, 2)
+    assert plan_training(TASKS, dataset, tiny_config(preset="behaviour_cloning")).training_steps == 0
+    policy = train(encoder, dataset, tmp_path / "policy")
+    assert plan.policy_parameters == pytest.approx(policy.num_parameters(), rel=0.05)
+
+
+def test_what_does_not_belong_together_is_refused(encoder, dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"recordings of \['mood'\] have no task among the 2 given"):
+        plan_training(TASKS[:2], dataset, tiny_config())
+    with pytest.raises(ValueError, match="recordings of"):
+        plan_training([build_task("news")], dataset, tiny_config())
+    other = build_encoder(adapted=(2,))
+    with pytest.raises(ValueError, match="weight space|layout|space"):
+        train(other, dataset, tmp_path / "policy")
+    changed = build_encoder(adapted=(1, 2))
+    with torch.no_grad():
+        changed.base_model.embeddings.word_embeddings.weight.mul_(2)
+    with pytest.raises(ValueError, match="base model"):
+        train(changed, dataset, tmp_path / "policy")

@@ -1,0 +1,168 @@
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from lohp_peft import evaluation
+from lohp_peft.baselines import AdamWBaseline
+from lohp_peft.evaluation import METHODS, EvaluationConfig, evaluate_tasks, mean_scores, scores
+from lohp_peft.generation import GenerationConfig, generate_adapters
+from lohp_peft.tasks import Examples, Head, solve_head
+from tiny import build_encoder, build_policy, build_task
+
+TASKS = [
+    build_task("spam", family="spam", test_rows=30),
+    build_task("mood", n_classes=3, seed=1, family="emotion", test_rows=30),
+]
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return build_encoder()
+
+
+@pytest.fixture(scope="module")
+def policy(encoder):
+    return build_policy(encoder, [*TASKS, build_task("news", seed=5, family="news")], size=0.3)
+
+
+def evaluate(policy, encoder, tasks=TASKS[:1], **kwargs):
+    return evaluate_tasks(policy, encoder.base_model, encoder.tokenizer, tasks, console=QUIET, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def results(policy, encoder):
+    seen = {}
+    config = EvaluationConfig(shots=6, draws=2, seed=3, adamw_steps=3)
+    found = evaluate(policy, encoder, TASKS, config=config, on_task=seen.__setitem__)
+    assert seen == found["tasks"]
+    return json.loads(json.dumps(found))
+
+
+def test_the_json_has_every_method_of_every_task(results):
+    assert list(results) == ["tasks"]
+    assert list(results["tasks"]) == ["spam", "mood"]
+    for methods in results["tasks"].values():
+        assert set(methods) == set(METHODS) >= {
+            "none", "mean_adapter", "nearest_adapter", "generated", "generated_raw", "wrong_task", "shuffled_labels", "adamw",
+        }  # fmt: skip
+        for entry in methods.values():
+            assert len(entry["per_draw"]) == 2
+            assert entry["accuracy"] == pytest.approx(sum(entry["per_draw"]) / 2)
+            assert 0 <= entry["macro_f1"] <= 1
+            assert entry["seconds"] > 0
+
+
+def test_the_notes_say_where_adapters_came_from(results):
+    for name, methods in results["tasks"].items():
+        assert all(task != name for task in methods["wrong_task"]["task"])
+        assert methods["adamw"]["optimizer_steps"] == [3, 3]
+        assert set(methods["generated"]["nearest_adapter"]) <= {"spam", "mood", "news", None}
+    assert mean_scores(results["tasks"], "none") == pytest.approx(
+        (results["tasks"]["spam"]["none"]["accuracy"] + results["tasks"]["mood"]["none"]["accuracy"]) / 2
+    )
+
+
+def test_everything_is_seeded(policy, encoder):
+    config = EvaluationConfig(shots=4, draws=1, adamw_steps=2)
+    first, second = (evaluate(policy, encoder, config=config)["tasks"]["spam"] for _ in range(2))
+    for method in METHODS:
+        assert first[method]["per_draw"] == second[method]["per_draw"], method
+
+
+def test_the_method_none_is_the_frozen_model_with_its_head(policy, encoder):
+    found = evaluate(policy, encoder, config=EvaluationConfig(shots=5, draws=1, seed=2, methods=("none",)))
+    support, test = TASKS[0].draw_support(5, 2), TASKS[0].split("test")
+    embed = lambda examples: encoder.embed(encoder.prepare(examples.texts))  # noqa: E731
+    head = solve_head(embed(support), support.targets, 2, policy.config.head, ridge=policy.config.ridge)
+    accuracy = (head.logits(embed(test)).argmax(1) == test.targets).float().mean()
+    assert found["tasks"]["spam"]["none"]["accuracy"] == pytest.approx(float(accuracy))
+
+
+def test_raw_is_the_generated_adapter_without_a_choice(policy, encoder):
+    config = EvaluationConfig(shots=6, draws=1, methods=("generated", "generated_raw"))
+    found = evaluate(policy, encoder, config=config, generation=GenerationConfig(choose=False))["tasks"]["spam"]
+    assert found["generated"]["per_draw"] == found["generated_raw"]["per_draw"]
+    assert found["generated"]["chosen"] == ["generated"]
+
+
+@pytest.mark.parametrize("name", ["generated_raw", "wrong_task", "shuffled_labels", "mean_adapter", "nearest_adapter"])
+def test_controls_change_the_conditioning_and_keep_the_true_support_for_the_head(policy, encoder, name):
+    one = evaluation._TaskEvaluation(policy, encoder, TASKS[0], EvaluationConfig(), GenerationConfig())
+    support = TASKS[0].draw_support(8, 1)
+    state, head, _ = one._conditioned(name, support, 1)
+    embeddings = encoder.embed(encoder.prepare(support.texts), state[None])
+    expected = solve_head(embeddings, support.targets, 2, policy.config.head, ridge=policy.config.ridge)
+    torch.testing.assert_close(head.weight, expected.weight, atol=1e-4, rtol=1e-3)
+    (made,) = generate_adapters(
+        policy, encoder.base_model, encoder.tokenizer, [support], GenerationConfig(choose=False)
+    )
+    if name == "generated_raw":
+        torch.testing.assert_close(state, made.state, atol=1e-5, rtol=1e-4)
+    else:
+        assert (state - made.state).norm() > 1e-3 * made.state.norm()
+
+
+def test_shuffled_labels_are_a_permutation_of_the_true_ones(policy, encoder, monkeypatch):
+    seen, features = [], evaluation.task_features
+
+    def watch(statistics, labels, *rest):
+        seen.append(labels)
+        return features(statistics, labels, *rest)
+
+    monkeypatch.setattr(evaluation, "task_features", watch)
+    one = evaluation._TaskEvaluation(policy, encoder, TASKS[0], EvaluationConfig(), GenerationConfig())
+    support = TASKS[0].draw_support(8, 1)
+    one._conditioned("shuffled_labels", support, 1)
+    assert not seen[0].equal(support.targets)
+    assert seen[0].sort().values.equal(support.targets.sort().values)
+
+
+def test_adamw_learns_from_the_support(policy, encoder):
+    support = TASKS[1].draw_support(10, 0)
+    before = {name: value.clone() for name, value in encoder.base_model.state_dict().items()}
+    baseline = AdamWBaseline(encoder.base_model, encoder.tokenizer, policy, learning_rate=0.02, steps=25)
+    fitted = baseline.fit(support, 0, checkpoints=(1,))
+    assert len(fitted) == 2
+    losses = []
+    for adapted, head in fitted:
+        with torch.no_grad():
+            logits = head.logits(adapted.embed(adapted.prepare(support.texts)))
+        losses.append(float(torch.nn.functional.cross_entropy(logits, support.targets)))
+    assert losses[1] < losses[0]  # the copy at one step was not trained on
+    names = {
+        name.rsplit(".lora_A", 1)[0] for name, _ in fitted[1][0].base_model.named_parameters() if "lora_A" in name
+    }
+    assert names == {spec.name for spec in policy.layout.modules}
+    after = encoder.base_model.state_dict()
+    assert all(after[name].equal(value) for name, value in before.items())
+    with pytest.raises(ValueError, match="at least 1 step of at least 1 example, got 0 steps of 32"):
+        AdamWBaseline(encoder.base_model, encoder.tokenizer, policy, steps=0)
+
+
+def test_scores():
+    examples = Examples(("w", "x", "y", "z"), (0, 0, 0, 1), ("a", "b", "never"))
+    head = Head(torch.eye(3), torch.zeros(3))
+    found = scores(head, torch.eye(3)[[0, 0, 1, 1]], examples)
+    assert found["accuracy"] == 0.75
+    assert found["macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
+
+
+def test_few_test_rows_are_drawn_balanced(policy, encoder):
+    config = EvaluationConfig(max_test=10, methods=("none",))
+    one = evaluation._TaskEvaluation(policy, encoder, TASKS[0], config, GenerationConfig())
+    assert one.test.targets.bincount().tolist() == [5, 5]
+
+
+def test_errors(policy, encoder):
+    with pytest.raises(
+        ValueError, match=r"got \['sgd'\]; `shots` must be at least 2, got 1; `draws` at least 1, got 0"
+    ):
+        EvaluationConfig(methods=("none", "sgd"), shots=1, draws=0)
+    with pytest.raises(ValueError, match="no rows in split 'test'"):
+        evaluate(policy, encoder, [build_task("spam")])
+    bare = build_policy(encoder)
+    with pytest.raises(ValueError, match="'mean_adapter' needs the policy's reference set"):
+        evaluate(bare, encoder, config=EvaluationConfig(shots=4, methods=("mean_adapter",)))

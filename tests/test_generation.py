@@ -1,0 +1,335 @@
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import BertTokenizer
+
+from lohp_peft.generation import Candidate, GenerationConfig, _decide, _halves, generate_adapter, generate_adapters
+from lohp_peft.tasks import Examples, solve_head
+from tiny import WORDS, build_base_model, build_encoder, build_policy, build_task
+
+TASKS = [
+    build_task("spam", family="spam", test_rows=40),
+    build_task("ham", seed=2, family="spam"),
+    build_task("mood", n_classes=3, seed=1, family="emotion"),
+]
+SUPPORTS = [task.draw_support(6, seed) for seed, task in enumerate(TASKS)]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return build_encoder(max_length=24)
+
+
+@pytest.fixture(scope="module")
+def policy(encoder):
+    return build_policy(encoder, TASKS, size=0.3)
+
+
+@pytest.fixture
+def generate(policy, encoder):
+    def run(supports, config=None, policy=policy):
+        return generate_adapters(policy, encoder.base_model, encoder.tokenizer, supports, config)
+
+    return run
+
+
+def assert_same(mine, theirs, exact=True):
+    tolerance = {"atol": 0, "rtol": 0} if exact else {"atol": 1e-4, "rtol": 1e-3}
+    torch.testing.assert_close(mine.state, theirs.state, **tolerance)
+    torch.testing.assert_close(mine.head.weight, theirs.head.weight, **tolerance)
+    assert mine.report.chosen == theirs.report.chosen
+    assert [c.name for c in mine.report.candidates] == [c.name for c in theirs.report.candidates]
+
+
+EVERYTHING = GenerationConfig(num_candidates=3, amplitudes=(0.5, 1.0, 2.0), seed=4)
+
+
+@pytest.mark.parametrize(
+    "config", [None, EVERYTHING, GenerationConfig(closed_loop=True)], ids=["plain", "all", "loop"]
+)
+def test_seeded(generate, config):
+    assert_same(generate(SUPPORTS[:1], config)[0], generate(SUPPORTS[:1], config)[0])
+
+
+def test_the_seed_decides_the_rollouts(generate):
+    scores = [
+        {
+            c.name: c.score
+            for c in generate(SUPPORTS[:1], dataclasses.replace(EVERYTHING, seed=seed))[0].report.candidates
+        }
+        for seed in (1, 2)
+    ]
+    assert scores[0]["rollout 1"] != scores[1]["rollout 1"]
+    assert scores[0]["rollout 1"] != scores[0]["rollout 2"]
+
+
+@pytest.mark.parametrize(
+    "config", [None, EVERYTHING, GenerationConfig(closed_loop=True, choose=False)], ids=["plain", "all", "loop"]
+)
+def test_a_batch_equals_single_calls(generate, config):
+    batch = generate(SUPPORTS, config)
+    for made, support in zip(batch, SUPPORTS, strict=True):
+        (single,) = generate([support], config)
+        assert_same(made, single, exact=False)
+        for mine, theirs in zip(made.report.candidates, single.report.candidates, strict=True):
+            assert mine.score == (theirs.score if theirs.score is None else pytest.approx(theirs.score, abs=1e-3))
+
+
+def test_the_adapter_is_the_state_and_the_head_is_solved_on_it(generate, encoder, policy):
+    (made,) = generate(SUPPORTS[2:], GenerationConfig(choose=False))
+    assert made.state.equal(made.path[-1])
+    assert not made.path[0].any()
+    model = copy.deepcopy(encoder.base_model)
+    for name, (a, b) in made.lora.items():
+        assert (a.shape, b.shape) == ((2, 16), (16, 2))
+        model.get_submodule(name).weight.data += b @ a
+    support = SUPPORTS[2]
+    batch = encoder.tokenizer(list(support.texts), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        tokens = model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    embeddings = (tokens * mask).sum(1) / mask.sum(1)
+    head = solve_head(embeddings, support.targets, 3, policy.config.head, ridge=policy.config.ridge)
+    torch.testing.assert_close(made.head.weight, head.weight, atol=1e-3, rtol=1e-3)
+    assert made.label_names == support.label_names
+
+
+def test_every_iterate_is_the_adapter_of_fewer_steps(generate):
+    (whole,) = generate(SUPPORTS[:1], GenerationConfig(choose=False))
+    for steps in (1, 2):
+        (made,) = generate(SUPPORTS[:1], GenerationConfig(choose=False, policy_steps=steps))
+        torch.testing.assert_close(made.state, whole.path[steps])
+        assert made.report.policy_steps == steps
+
+
+def test_no_gradients(generate, policy, encoder):
+    (made,) = generate(SUPPORTS[:1], EVERYTHING)
+    tensors = [made.state, made.path, made.head.weight, *(x for pair in made.lora.values() for x in pair)]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    assert all(p.grad is None for p in policy.parameters())
+
+
+def test_rows_and_datasets_are_read(generate):
+    support = SUPPORTS[0]
+    rows = [
+        {"text": text, "label": support.label_names[label]}
+        for text, label in zip(support.texts, support.labels, strict=True)
+    ]
+    expected, *others = generate([support, rows, Dataset.from_list(rows)])
+    for made in others:
+        assert_same(made, expected, exact=False)
+        assert made.label_names == expected.label_names
+
+
+def test_pairs(generate):
+    support = build_task("pairs", pair=True).draw_support(4, 0)
+    (made,) = generate([support])
+    (swapped,) = generate([Examples(support.texts_b, support.labels, support.label_names, support.texts)])
+    assert not torch.allclose(made.path, swapped.path)
+
+
+@pytest.fixture
+def harmful(encoder, policy):
+    """Its adapters drown the class words in the same direction for every text."""
+    bad = build_policy(encoder, TASKS, size=0.3)
+    with torch.no_grad():
+        bad.forward_network.start.copy_(40 * torch.randn_like(bad.forward_network.start))
+        bad.forward_network.gates.weight.zero_()
+        bad.forward_network.gates.bias.zero_()
+    zeros = torch.zeros_like(bad.reference_set.states)
+    bad.reference_set = dataclasses.replace(bad.reference_set, states=bad.reference_set.states * 0 + 40)
+    assert zeros.shape == bad.reference_set.states.shape
+    return bad
+
+
+def test_a_harmful_policy_abstains_and_says_why(generate, harmful):
+    support = TASKS[0].draw_support(16, 0)
+    (made,) = generate([support], policy=harmful)
+    report = made.report
+    assert (report.chosen, report.abstained) == ("none", True)
+    assert not made.state.any()
+    assert made.path[-1].any()
+    assert all(not b.any() for _, b in made.lora.values())
+    assert "'none' has a lower cross-fitted loss on the support set" in report.reason
+    scores = {c.name: c.score for c in report.candidates}
+    assert scores["none"] < scores["generated"]
+    (forced,) = generate([support], GenerationConfig(choose=False), policy=harmful)
+    assert forced.state.any()
+    assert not forced.report.abstained
+
+
+def test_a_smaller_amplitude_of_a_harmful_adapter_is_better(generate, harmful):
+    harmful.reference_set = None
+    support = TASKS[0].draw_support(16, 0)
+    config = GenerationConfig(amplitudes=(1e-4, 1.0))
+    (made,) = generate([support], config, policy=harmful)
+    names = [c.name for c in made.report.candidates]
+    assert names == ["generated", "generated x 0.0001", "none"]
+    assert made.report.chosen in ("generated x 0.0001", "none")
+    if made.report.chosen != "none":
+        torch.testing.assert_close(made.state, 1e-4 * made.path[-1])
+
+
+def test_a_rollout_wins_when_it_is_convincingly_better(generate, harmful):
+    harmful.reference_set = None
+    harmful.config.noise_scale = 0.0
+    support = TASKS[0].draw_support(16, 0)
+    (same,) = generate([support], GenerationConfig(num_candidates=2, margin=0.0), policy=harmful)
+    scores = {c.name: c.score for c in same.report.candidates}
+    assert scores["rollout 1"] == pytest.approx(scores["generated"], abs=1e-5)
+    assert list(scores) == ["generated", "rollout 1", "rollout 2", "none"]
+
+
+def test_decisions_need_a_margin():
+    found = {
+        "generated": Candidate("generated", 1.0, (0.0, 0.0)),
+        "mean": Candidate("mean", 0.9, (-0.1, 0.2)),
+        "rollout 1": Candidate("rollout 1", 0.7, (-0.3, 0.2)),
+        "none": Candidate("none", 0.8, (-0.2, 0.1)),
+    }
+    assert _decide(found, 1.0)[0] == "rollout 1"
+    assert _decide(found, 1.8)[0] == "none"
+    best, reason = _decide(found, 3.0)
+    assert best == "generated"
+    assert reason.startswith("No candidate beat")
+    assert _decide(found, 0.0)[1] == (
+        "'rollout 1' has a lower cross-fitted loss on the support set than the generated adapter: 0.300 +- 0.200 nats."
+    )
+
+
+def test_the_chosen_state_is_that_of_the_winner(generate, policy, monkeypatch):
+    from lohp_peft import generation
+
+    monkeypatch.setattr(generation, "_decide", lambda found, margin: ("mean", "because"))
+    (made,) = generate(SUPPORTS[:1])
+    torch.testing.assert_close(made.state, policy.reference_set.mean_state())
+    assert (made.report.chosen, made.report.reason, made.report.abstained) == ("mean", "because", True)
+    monkeypatch.setattr(generation, "_decide", lambda found, margin: ("rollout 2", "because"))
+    (made,) = generate(SUPPORTS[:1], GenerationConfig(num_candidates=2))
+    assert not torch.allclose(made.state, made.path[-1])
+    assert not made.report.abstained
+
+
+def test_halves_are_disjoint_and_balanced_but_for_single_examples():
+    examples = Examples(tuple(map(str, range(12))), (0,) * 6 + (1,) * 5 + (2,), ("a", "b", "c", "never"))
+    first, second = _halves(examples, 64, 0)
+    assert set(first.tolist()) & set(second.tolist()) == {11}
+    assert set(first.tolist()) | set(second.tolist()) == set(range(12))
+    assert examples.targets[first].bincount().tolist() == [3, 3, 1]
+    first, second = _halves(examples, 6, 0)
+    assert len(first) == len(second) == 3
+    assert [x.tolist() for x in _halves(examples, 6, 1)] != [first.tolist(), second.tolist()]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 6), (1, 2, 3)], ids=str)
+def test_classes_of_one_example_work(generate, sizes):
+    task = TASKS[len(sizes) - 1].examples
+    rows = [i for c, size in enumerate(sizes) for i in [j for j, y in enumerate(task.labels) if y == c][:size]]
+    (made,) = generate([task.select(rows)], EVERYTHING)
+    assert made.state.isfinite().all()
+    assert made.head.weight.isfinite().all()
+    assert list(made.report.support.values())[: len(sizes)] == list(sizes)
+
+
+def test_the_report_is_json_without_texts(generate, policy):
+    (made,) = generate(SUPPORTS[2:], EVERYTHING)
+    report = made.report.to_dict()
+    text = json.dumps(report)
+    assert not any(example in text for example in SUPPORTS[2].texts)
+    assert not any(word in text for word in WORDS if word.startswith(("good", "word")))
+    assert report["support"] == {"class 0": 6, "class 1": 6, "class 2": 6}
+    assert report["policy"]["base_fingerprint"] == policy.config.base_fingerprint
+    assert report["config"]["num_candidates"] == 3
+    assert report["bytes"] == 4 * 2 * 2 * 32
+    assert report["seconds"] > 0
+    assert report["nearest_task"] in policy.reference_set.names
+    assert {c["name"] for c in report["candidates"]} == {
+        "none", "mean", "generated", "generated x 0.5", "generated x 2", "rollout 1", "rollout 2", "rollout 3",
+    }  # fmt: skip
+
+
+def test_long_texts_are_reported(generate):
+    rows = [
+        {"text": "word1 " * length, "label": label} for length, label in ((30, "a"), (3, "a"), (4, "b"), (40, "b"))
+    ]
+    with pytest.warns(UserWarning, match="2 of 4 support texts are longer than 24 tokens and were truncated"):
+        (made,) = generate([rows])
+    assert made.report.truncated_texts == 2
+
+
+@pytest.mark.parametrize(
+    ("support", "message"),
+    [
+        ([], r"at least two classes, got 0 examples of 0 \(none\)"),
+        ([{"text": "x", "label": "a"}] * 3, r"at least two classes, got 3 examples of 1 \(a\)"),
+        (Examples(("x",), (1,), ("a", "b")), r"got 1 examples of 1 \(b\)"),
+        ([{"text": "x"}, {"label": 1}], "2 malformed support rows"),
+    ],
+)
+def test_bad_supports(generate, support, message):
+    with pytest.raises(ValueError, match=message):
+        generate([support])
+
+
+def test_no_supports(generate):
+    with pytest.raises(ValueError, match="`supports` must hold at least one support set, got none"):
+        generate([])
+
+
+def test_all_that_does_not_fit_is_named_on_both_sides(policy, encoder):
+    words = [*WORDS[:-2], WORDS[-1], WORDS[-2]]
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    short = build_base_model(2)
+    short.config._name_or_path = "other/bert"
+    with pytest.raises(ValueError, match="policy does not fit") as error:
+        generate_adapter(policy, short, tokenizer, SUPPORTS[0])
+    message = str(error.value)
+    assert "encoder.layer.2.attention.self.query: layout (16, 16), model absent" in message
+    assert (
+        f"trained on base model 'tiny' (fingerprint {policy.config.base_fingerprint[:12]}), got 'other/bert'"
+        in message
+    )
+    assert f"tokenizer has fingerprint {policy.config.tokenizer_fingerprint[:12]}, got" in message
+
+
+def test_other_weights_are_another_base_model(policy, encoder):
+    other = build_base_model(3)
+    with torch.no_grad():
+        other.encoder.layer[0].attention.self.query.weight.add_(0.1)
+    with pytest.raises(ValueError, match="trained on base model 'tiny'"):
+        generate_adapter(policy, other, encoder.tokenizer, SUPPORTS[0])
+
+
+def test_settings_that_do_not_fit(generate):
+    with pytest.raises(ValueError, match=r"`optimizer` must be one of the recorded \['adamw', 'sam'\], got 'lion'"):
+        generate(SUPPORTS[:1], GenerationConfig(optimizer="lion"))
+    with pytest.raises(ValueError, match=r"`policy_steps` must be in 1..3"):
+        generate(SUPPORTS[:1], GenerationConfig(policy_steps=9))
+    with pytest.raises(ValueError, match="`num_candidates`.*`amplitudes`.*`scored_texts`.*`head`"):
+        GenerationConfig(num_candidates=-1, amplitudes=(0.0,), scored_texts=1, head="svm")
+
+
+def test_an_imitated_optimizer_changes_the_adapter(generate):
+    plain, adamw, sam = (
+        generate(SUPPORTS[:1], GenerationConfig(choose=False, optimizer=name))[0].state
+        for name in (None, "adamw", "sam")
+    )
+    assert not plain.equal(adamw)
+    assert not adamw.equal(sam)
+
+
+def test_a_peft_model_gives_what_its_base_model_gives(generate, policy, encoder):
+    """Also when it already holds another adapter."""
+    (expected,) = generate(SUPPORTS[:1])
+    wrapped = get_peft_model(copy.deepcopy(encoder.base_model), LoraConfig(target_modules=["query", "value"]))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1.0)
+    made = generate_adapter(policy, wrapped, encoder.tokenizer, SUPPORTS[0])
+    assert_same(made, expected, exact=False)
