@@ -52,7 +52,10 @@ def load_tasks(names) -> list[Task]:
     records = json.loads((folder / "tasks.json").read_text())
     return [
         Task.from_jsonl(
-            folder / f"{name}.jsonl.gz", name=name, family=records[name]["family"], licence=records[name]["licence_class"]
+            folder / f"{name}.jsonl.gz",
+            name=name,
+            family=records[name]["family"],
+            licence=records[name]["licence_class"],
         )
         for name in names
     ]

@@ -95,7 +95,10 @@ def score_in_second_process(adapters: Sequence[Path], files: Sequence[Path], bas
 def print_table(console: Console, results: dict, reloaded: dict[str, float]) -> None:
     """One row a method, one column a task."""
     methods = list(next(iter(results.values())))
-    table = Table("method", *results, "mean", "seconds", title="Accuracy on held-out texts, %")
+    table = Table(title="Accuracy on held-out texts, %")
+    table.add_column("method", no_wrap=True)
+    for name in (*results, "mean", "seconds"):
+        table.add_column(name.replace("_", " "), justify="right")
     for method in methods:
         scores = [row[method]["accuracy"] for row in results.values()]
         seconds = median(row[method]["seconds"] for row in results.values())
@@ -104,9 +107,12 @@ def print_table(console: Console, results: dict, reloaded: dict[str, float]) -> 
         table.add_row(method.replace("_", " "), *cells, f"{seconds:.2f}", style=style)
     table.add_section()
     cells = [f"{100 * score:.1f}" for score in (*reloaded.values(), fmean(reloaded.values()))]
-    table.add_row("saved, loaded by stock PEFT *", *cells, "")
+    table.add_row("stock PEFT *", *cells, "")
     console.print(table)
-    console.print("* the adapter of the first draw; the rows above are means over draws", style="dim")
+    console.print(
+        "* the saved adapter of the first draw, loaded in a second process; the rows above are means over draws",
+        style="dim",
+    )
 
 
 def draw_picture(target: Path, paths: dict, curves: dict, results: dict) -> None:

@@ -2,89 +2,22 @@
 
 import os
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, provenance_of, save_plain_lora
 from lohp_peft.adapters.layout import base_model_fingerprint
+from lohp_peft.candidates import Candidate, CandidateSet, GenerationConfig
 from lohp_peft.cards import write_adapter_card
-from lohp_peft.policy import LoHpPolicy, rollout
-from lohp_peft.tasks import (
-    HEADS,
-    Examples,
-    Head,
-    TaskFeatures,
-    TextEncoder,
-    TextStatistics,
-    solve_head,
-    task_features,
-    tokenizer_fingerprint,
-)
-from lohp_peft.tasks.encoder import EncodedTexts
+from lohp_peft.policy import LoHpPolicy
+from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, tokenizer_fingerprint
 
 Support = Examples | Iterable[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How an adapter is generated.
-
-    Raises:
-        ValueError: Listing every value out of range.
-    """
-
-    policy_steps: int | None = field(default=None, metadata={"help": "policy steps taken; none for the policy's own"})
-    num_candidates: int = field(default=0, metadata={"help": "stochastic rollouts scored beside the mean one"})
-    noise: float = field(default=1.0, metadata={"help": "their standard deviation, in units of the policy's"})
-    amplitudes: tuple[float, ...] = field(
-        default=(1.0,), metadata={"help": "factors of the adapter tried on the support set; (1.0,) does not calibrate"}
-    )
-    choose: bool = field(
-        default=True, metadata={"help": "score candidates on the support set, none and mean among them"}
-    )
-    scored_texts: int = field(default=64, metadata={"help": "most support texts behind a score, but two a class"})
-    margin: float = field(
-        default=1.0, metadata={"help": "standard errors by which a candidate must beat the generated adapter"}
-    )
-    optimizer: str | None = field(default=None, metadata={"help": "recorded optimizer to imitate; none in particular"})
-    closed_loop: bool = field(default=False, metadata={"help": "measure the features again at every policy step"})
-    head: str | None = field(default=None, metadata={"help": "ridge or prototype; none for the policy's own"})
-    seed: int = field(default=0, metadata={"help": "seed of folds and stochastic rollouts"})
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.num_candidates < 0:
-            problems.append(f"`num_candidates` must be at least 0, got {self.num_candidates}")
-        if not self.amplitudes or min(self.amplitudes) <= 0:
-            problems.append(f"`amplitudes` must be positive, got {self.amplitudes}")
-        if self.scored_texts < 4:
-            problems.append(f"`scored_texts` must be at least 4, got {self.scored_texts}")
-        if self.head is not None and self.head not in HEADS:
-            problems.append(f"`head` must be one of {list(HEADS)}, got {self.head!r}")
-        if problems:
-            raise ValueError("Generation: " + "; ".join(problems) + ".")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One adapter that was considered.
-
-    Args:
-        name: `none`, `mean`, `generated`, `generated x 0.5`, `rollout 1`, ...
-        score: Cross-fitted cross-entropy on the support set in nats, lower is better; `None` when not scored.
-        excess: Mean of its loss over the generated adapter's, example by example, and the standard error of that.
-    """
-
-    name: str
-    score: float | None = None
-    excess: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -270,7 +203,7 @@ def generate_adapters(
     made = []
     # An adapter that a `PeftModel` already holds is no part of what the policy was trained on.
     with getattr(base_model, "disable_adapter", nullcontext)():
-        job = _Job(policy, encoder, examples, config)
+        job = CandidateSet(policy, encoder, examples, config)
         features = TaskFeatures.stack([job.features(i, slice(None)) for i in range(len(examples))])
         paths = job.rollout(features, job.all_rows())
         states, candidates, reasons = job.choose(paths)
@@ -285,175 +218,8 @@ def generate_adapters(
     return made
 
 
-class _Job:
-    """The supports of one call, encoded once."""
-
-    def __init__(self, policy: LoHpPolicy, encoder: TextEncoder, examples: list[Examples], config: GenerationConfig):
-        self.policy, self.encoder, self.examples, self.config = policy, encoder, examples, config
-        self.sizes = [len(task) for task in examples]
-        prepared = [encoder.prepare(task.texts, task.texts_b) for task in examples]
-        self.truncated = [_count_truncated(encoder, task) for task in examples]
-        if any(self.truncated):
-            warnings.warn(
-                f"{sum(self.truncated)} of {sum(self.sizes)} support texts are longer than {encoder.max_length} tokens and "
-                "were truncated, as in the policy's training.",
-                stacklevel=4,
-            )
-        self.encoded = EncodedTexts.concatenate(prepared)
-        self.owner = torch.repeat_interleave(torch.arange(len(examples)), torch.tensor(self.sizes))
-        self.statistics = self._split(encoder.statistics(self.encoded))
-        self.reference = policy.reference_tensors()
-        self.head = config.head or policy.config.head
-
-    def _split(self, statistics: TextStatistics) -> list[TextStatistics]:
-        parts = zip(statistics.embeddings.split(self.sizes), statistics.modules.split(self.sizes), strict=True)
-        return [TextStatistics(*part) for part in parts]
-
-    def all_rows(self) -> list[Tensor]:
-        """Every row of every task."""
-        return [torch.arange(size) for size in self.sizes]
-
-    def features(self, task: int, rows: Tensor | slice, statistics: TextStatistics | None = None) -> TaskFeatures:
-        """Features of some rows of one task."""
-        statistics = statistics or self.statistics[task][rows]
-        examples = self.examples[task]
-        return task_features(statistics, examples.targets[rows], examples.n_classes, self.reference)
-
-    def solve(self, embeddings: Tensor, labels: Tensor, n_classes: int) -> Head:
-        """The closed-form head."""
-        return solve_head(embeddings, labels, n_classes, self.head, ridge=self.policy.config.ridge)
-
-    def rollout(self, features: TaskFeatures, rows: list[Tensor], noise: float = 0.0, salt: int = 0) -> Tensor:
-        """Paths of all tasks, shape (tasks, steps + 1, modules, width), each given the rows it may see."""
-        measure = None
-        if self.config.closed_loop:
-            offsets = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-
-            def measure(states: Tensor, _step: int) -> TaskFeatures:
-                found = []
-                for i, part in enumerate(rows):
-                    statistics = self.encoder.statistics(self.encoded[part + offsets[i]], states[i])
-                    found.append(self.features(i, part, statistics))
-                return TaskFeatures.stack(found)
-
-        optimizer = None
-        if self.config.optimizer is not None:
-            index = self.policy.config.optimizers.index(self.config.optimizer) + 1
-            optimizer = torch.full((len(rows),), index)
-        # One generator a task, so that a task's rollouts do not depend on the others in the batch.
-        generators = [torch.Generator().manual_seed(self.config.seed + salt) for _ in rows]
-        return rollout(
-            self.policy,
-            features,
-            optimizer=optimizer,
-            noise=noise,
-            generator=generators,
-            measure=measure,
-            policy_steps=self.config.policy_steps,
-        )
-
-    def _candidates(self, features: TaskFeatures, rows: list[Tensor], path: Tensor | None = None) -> dict[str, Tensor]:
-        """States of every candidate, each (tasks, modules, width)."""
-        path = self.rollout(features, rows) if path is None else path
-        final = path[:, -1]
-        found = {"generated": final}
-        found |= {f"generated x {a:g}": a * final for a in self.config.amplitudes if a != 1.0}
-        for n in range(self.config.num_candidates):
-            found[f"rollout {n + 1}"] = self.rollout(features, rows, self.config.noise, n + 1)[:, -1]
-        if self.policy.reference_set is not None:
-            found["mean"] = self.policy.reference_set.mean_state().to(final).expand_as(final)
-        found["none"] = torch.zeros_like(final)
-        return found
-
-    def choose(self, paths: Tensor) -> tuple[Tensor, list[tuple[Candidate, ...]], list[tuple[str, str]]]:
-        """The chosen state of each task, its candidates, and (name, reason)."""
-        if not self.config.choose:
-            note = ("generated", "Candidates were not compared.")
-            return paths[:, -1].contiguous(), [(Candidate("generated"),)] * len(paths), [note] * len(paths)
-        losses = self._cross_fitted_losses()
-        features = TaskFeatures.stack([self.features(i, slice(None)) for i in range(len(paths))])
-        states = self._candidates(features, self.all_rows(), paths)
-        chosen, candidates, reasons = [], [], []
-        for i in range(len(paths)):
-            found = {}
-            for name in states:
-                excess = losses[name][i] - losses["generated"][i]
-                error = float(excess.std() / max(len(excess), 1) ** 0.5) if len(excess) > 1 else float("inf")
-                found[name] = Candidate(name, float(losses[name][i].mean()), (float(excess.mean()), error))
-            best, reason = _decide(found, self.config.margin)
-            chosen.append(states[best][i])
-            candidates.append(tuple(found.values()))
-            reasons.append((best, reason))
-        return torch.stack(chosen), candidates, reasons
-
-    def _cross_fitted_losses(self) -> dict[str, list[Tensor]]:
-        """Loss of every scored support text under every candidate, conditioned and solved on the other half."""
-        halves = [_halves(task, self.config.scored_texts, self.config.seed) for task in self.examples]
-        offsets = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        collected: dict[str, list[list[Tensor]]] = {}
-        for fold in (0, 1):
-            seen, scored = [h[fold] for h in halves], [h[1 - fold] for h in halves]
-            features = TaskFeatures.stack([self.features(i, rows) for i, rows in enumerate(seen)])
-            states = self._candidates(features, seen)
-            parts = [torch.cat([a, b]) + offset for a, b, offset in zip(seen, scored, offsets, strict=True)]
-            rows, counts = torch.cat(parts), [len(part) for part in parts]
-            names = [name for name in states if name != "none"]
-            stacked = torch.cat([states[name] for name in names])
-            encoded = self.encoded[rows.repeat(len(names))]
-            owner = torch.repeat_interleave(torch.arange(len(stacked)), torch.tensor(counts * len(names)))
-            x = self.encoder.embed(encoded, stacked, owner).split(counts * len(names))
-            embedded = {name: x[k * len(parts) : (k + 1) * len(parts)] for k, name in enumerate(names)}
-            base = torch.cat([s.embeddings for s in self.statistics])[rows].split(counts)
-            for name, pieces in {**embedded, "none": base}.items():
-                found = []
-                for i, piece in enumerate(pieces):
-                    targets, n_classes = self.examples[i].targets, self.examples[i].n_classes
-                    head = self.solve(piece[: len(seen[i])], targets[seen[i]], n_classes)
-                    found.append(
-                        cross_entropy(head.logits(piece[len(seen[i]) :]), targets[scored[i]], reduction="none")
-                    )
-                collected.setdefault(name, []).append(found)
-        return {name: [torch.cat(parts) for parts in zip(*folds, strict=True)] for name, folds in collected.items()}
-
-
-def _halves(examples: Examples, limit: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Two class-balanced halves of at most `limit` support rows, but two a class; single examples are in both."""
-    generator = torch.Generator().manual_seed(seed)
-    targets = examples.targets
-    per_class = max(2, limit // max(len(set(examples.labels)), 1))
-    first, second = [], []
-    for label in sorted(set(examples.labels)):
-        rows = (targets == label).nonzero().flatten()
-        rows = rows[torch.randperm(len(rows), generator=generator)][:per_class]
-        half = (len(rows) + 1) // 2
-        first.append(rows[:half])
-        second.append(rows[half:] if len(rows) > 1 else rows)
-    return torch.cat(first), torch.cat(second)
-
-
-def _decide(candidates: Mapping[str, Candidate], margin: float) -> tuple[str, str]:
-    """The name of the candidate to use and why."""
-    best, reason = "generated", "No candidate beat the generated adapter convincingly on the support set."
-    lead = 0.0
-    for name, candidate in candidates.items():
-        mean, error = candidate.excess or (0.0, 0.0)
-        if name != "generated" and mean + margin * error < 0 and mean < lead:
-            lead, best = mean, name
-            reason = (
-                f"{name!r} has a lower cross-fitted loss on the support set than the generated adapter: "
-                f"{-mean:.3f} +- {error:.3f} nats."
-            )
-    return best, reason
-
-
-def _count_truncated(encoder: TextEncoder, task: Examples) -> int:
-    pair = None if task.texts_b is None else list(task.texts_b)
-    lengths = encoder.tokenizer(list(task.texts), pair, truncation=False, padding=False, verbose=False)["input_ids"]
-    return sum(len(ids) > encoder.max_length for ids in lengths)
-
-
 def _report(
-    job: _Job,
+    job: CandidateSet,
     i: int,
     state: Tensor,
     features: TaskFeatures,

@@ -28,16 +28,18 @@ ALLOWED = {
     "trajectories": {"adapters"},
     "policy": {"adapters", "trajectories", "tasks.features", "hub"},  # tensors that describe a task, but no data set
     "weight_preparation": {"adapters", "tasks", "trajectories"},
-    "policy_learning": {"adapters", "tasks", "trajectories", "policy", "objectives"},
-    "generation": {"adapters", "tasks", "policy", "cards"},
-    "evaluation": {"adapters", "tasks", "policy", "generation"},
+    "policy_learning": {"adapters", "tasks", "trajectories", "policy", "objectives", "cards"},
+    "candidates": {"tasks", "policy"},
+    "generation": {"adapters", "tasks", "policy", "cards", "candidates"},
+    "baselines": {"tasks", "policy"},
+    "evaluation": {"tasks", "policy", "generation", "baselines"},
     **{part: PEFT_METHOD | {"adapters", "generation", "hub"} for part in PEFT_METHOD},
 }
 NEVER_IMPORTED = {"cli", "examples", "benchmarks", "tests"}
 
 # Libraries that only these parts touch.
 RESERVED = {
-    "peft": {"adapters", "weight_preparation", "cli"} | PEFT_METHOD,
+    "peft": {"adapters", "weight_preparation", "baselines", "cli"} | PEFT_METHOD,
     "huggingface_hub": {"hub", "cards"},
     "typer": {"cli"},
     "pytorch_optimizer": {"weight_preparation"},

@@ -8,7 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import BertTokenizer
 
-from lohp_peft.generation import Candidate, GenerationConfig, _decide, _halves, generate_adapter, generate_adapters
+from lohp_peft import candidates
+from lohp_peft.candidates import Candidate, GenerationConfig, _decide, _halves
+from lohp_peft.generation import generate_adapter, generate_adapters
 from lohp_peft.tasks import Examples, solve_head
 from tiny import WORDS, build_base_model, build_encoder, build_policy, build_task
 
@@ -141,9 +143,7 @@ def harmful(encoder, policy):
         bad.forward_network.start.copy_(40 * torch.randn_like(bad.forward_network.start))
         bad.forward_network.gates.weight.zero_()
         bad.forward_network.gates.bias.zero_()
-    zeros = torch.zeros_like(bad.reference_set.states)
-    bad.reference_set = dataclasses.replace(bad.reference_set, states=bad.reference_set.states * 0 + 40)
-    assert zeros.shape == bad.reference_set.states.shape
+    bad.reference_set = dataclasses.replace(bad.reference_set, states=torch.full_like(bad.reference_set.states, 40))
     return bad
 
 
@@ -203,13 +203,11 @@ def test_decisions_need_a_margin():
 
 
 def test_the_chosen_state_is_that_of_the_winner(generate, policy, monkeypatch):
-    from lohp_peft import generation
-
-    monkeypatch.setattr(generation, "_decide", lambda found, margin: ("mean", "because"))
+    monkeypatch.setattr(candidates, "_decide", lambda found, margin: ("mean", "because"))
     (made,) = generate(SUPPORTS[:1])
     torch.testing.assert_close(made.state, policy.reference_set.mean_state())
     assert (made.report.chosen, made.report.reason, made.report.abstained) == ("mean", "because", True)
-    monkeypatch.setattr(generation, "_decide", lambda found, margin: ("rollout 2", "because"))
+    monkeypatch.setattr(candidates, "_decide", lambda found, margin: ("rollout 2", "because"))
     (made,) = generate(SUPPORTS[:1], GenerationConfig(num_candidates=2))
     assert not torch.allclose(made.state, made.path[-1])
     assert not made.report.abstained

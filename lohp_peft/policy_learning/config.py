@@ -36,9 +36,15 @@ class PolicyLearningConfig:
     learning_rate: float = _field(3e-3, "Adam's learning rate of gates and directions")
     free_learning_rate: float = _field(5e-4, "Adam's learning rate of the transformer behind the free moves")
     log_flow_learning_rate: float = _field(1e-2, "Adam's learning rate of the log flow")
-    cloning_weight: float = _field(0.1, "norm the cloning gradient is clipped to after behaviour cloning, in units of max_grad_norm")
-    subtb_weight: float = _field(0.1, "norm the gradient of sub-trajectory balance is clipped to, in units of max_grad_norm")
-    path_weight: float = _field(1.0, "norm the pathwise gradient is clipped to in lohp+path, in units of max_grad_norm")
+    cloning_weight: float = _field(
+        0.1, "norm the cloning gradient is clipped to after behaviour cloning, in units of max_grad_norm"
+    )
+    subtb_weight: float = _field(
+        0.1, "norm the gradient of sub-trajectory balance is clipped to, in units of max_grad_norm"
+    )
+    path_weight: float = _field(
+        1.0, "norm the pathwise gradient is clipped to in lohp+path, in units of max_grad_norm"
+    )
     path_prefix_weight: float = _field(0.0, "share of the pathwise loss on the states before the last (any-time)")
     kl_target: float = _field(3.0, "nats per trajectory that set the temperature")
     robust_delta: float = _field(20.0, "residual, in nats, beyond which SubTB is linear")

@@ -60,7 +60,12 @@ def plan_training(
         ValueError: When a task without recording, or no recording of any task, is found.
     """
     _check_recorded(tasks, dataset)
-    policy = LoHpPolicy(_policy_config(dataset, config, embedding_size=1, module_features=2 * dataset.space.r))
+    space = dataset.space
+    sides = 2 if space.kind == "core" else 1  # only a core has an output basis
+    settings = _policy_config(
+        dataset, config, embedding_size=space.layout.modules[0].d_in, module_features=sides * space.r
+    )
+    policy = LoHpPolicy(settings)
     hybrid = 0 if config.preset == "behaviour_cloning" else config.training_steps
     return TrainingPlan(
         len(tasks),

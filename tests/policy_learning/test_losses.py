@@ -7,7 +7,7 @@ from lohp_peft.objectives import hybrid_loss
 from lohp_peft.policy import rollout
 from lohp_peft.policy_learning.losses import cloning_loss, repeat_features, segments, teacher_forced_means
 from lohp_peft.policy_learning.recordings import fit_scales
-from lohp_peft.tasks import TaskFeatures
+from lohp_peft.tasks import EpisodeSampler, TaskFeatures
 from tiny import build_policy
 
 
@@ -76,6 +76,20 @@ def test_log_ratios_are_those_of_gaussians(policy, features, recordings):
         normal = torch.distributions.Normal(means.double(), sigma.double())
         log_prob[name] = normal.log_prob(recordings.states[:, 1:].double()).sum((-1, -2))
     torch.testing.assert_close(found.log_pf.double(), log_prob["policy"] - log_prob["clone"], atol=1e-3, rtol=1e-3)
+
+
+def test_mixed_precision_keeps_log_probabilities_and_rewards_in_float32(policy, features, recordings, bank):
+    clone, episode = copy.deepcopy(policy), EpisodeSampler(bank.labels).task_episode("spam", torch.Generator())
+    with torch.no_grad():
+        policy.forward_network.start.add_(0.3)
+    states = recordings.states[:1, -1:]
+    arguments = recordings.states, recordings.losses, features, None, 0.1
+    exact, loss = segments(policy, clone, *arguments), bank.episode_losses([episode], states)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, mixed_loss = segments(policy, clone, *arguments), bank.episode_losses([episode], states)[0]
+    assert mixed.log_pf.dtype == mixed.log_flow.dtype == torch.float32
+    torch.testing.assert_close(mixed.log_pf, exact.log_pf, atol=0.3, rtol=0.05)
+    torch.testing.assert_close(mixed_loss, loss, atol=1e-4, rtol=1e-4)
 
 
 def test_repeat(features):

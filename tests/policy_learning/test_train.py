@@ -38,13 +38,13 @@ def test_recordings_in_policy_out(encoder, dataset, tmp_path):
     assert config.base_fingerprint == base_model_fingerprint(encoder.base_model)
     assert config.tokenizer_fingerprint == tokenizer_fingerprint(encoder.tokenizer)
     assert config.optimizers == ["adamw", "sam"]
-    assert list(config.provenance["training_tasks"]) == ["spam", "ham", "mood"]
+    assert set(config.provenance["training_tasks"]) == {"spam", "ham", "mood"}
     assert config.provenance["validation_tasks"] == ["news"]
     assert config.provenance["settings"]["cloning_steps"] == 2
     assert config.provenance["commit"] == "abc"
     reference = loaded.reference_set
-    assert (reference.names, reference.families) == (("spam", "ham", "mood"), ("spam", "spam", "emotion"))
-    assert reference.states[2].equal(build_trajectory(encoder.space, seed=5).states[-1])
+    assert (reference.names, reference.families) == (("ham", "mood", "spam"), ("spam", "emotion", "spam"))
+    assert reference.states[1].equal(build_trajectory(encoder.space, seed=5).states[-1])
     again = train(encoder, dataset, tmp_path / "policy", validation_tasks=validation)
     assert_same_weights(again.state_dict(), policy.state_dict())  # from its checkpoint
 
