@@ -121,6 +121,7 @@ def draw_picture(target: Path, paths: dict, curves: dict, results: dict) -> None
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for number, (name, path) in enumerate(paths.items()):
@@ -134,9 +135,12 @@ def draw_picture(target: Path, paths: dict, curves: dict, results: dict) -> None
         xlabel="policy steps (0: no adapter)", ylabel="accuracy on held-out texts, %", title="Generated, any time"
     )
     left.set_xticks(range(len(next(iter(paths.values())))))
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     right.set(xlabel="seconds from examples to adapter", title="Generated (star) and AdamW (circles, by steps)")
     right.set_xscale("log")
+    right.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("{x:g}")
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

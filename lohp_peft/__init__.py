@@ -10,6 +10,7 @@ from lohp_peft.registration import register
 if TYPE_CHECKING:
     from lohp_peft.adapters import AdapterLayout, CoreSpace, LoraBSpace
     from lohp_peft.adapters.export import save_uniform_lora
+    from lohp_peft.baselines import AdamWBaseline
     from lohp_peft.evaluation import EvaluationConfig, evaluate_tasks
     from lohp_peft.generation import (
         GeneratedAdapter,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 # Where the rest of the public interface lies; read when it is first used, so that registering stays quick.
 _LAZY = {
+    "AdamWBaseline": "baselines",
     "AdapterLayout": "adapters",
     "CoreSpace": "adapters",
     "EvaluationConfig": "evaluation",
@@ -57,6 +59,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdamWBaseline",
     "AdapterLayout",
     "CoreSpace",
     "EvaluationConfig",

@@ -257,7 +257,8 @@ def _generate(
     config: "GenerationConfig | None",
 ) -> "tuple[GenerationReport, GenerationRecord]":
     """Generate, check everything first, then write the weights and the classifier."""
-    from lohp_peft.generation import encoder_for, generate_adapters, read_support, solve_head
+    from lohp_peft.generation import encoder_for, generate_adapters, read_support
+    from lohp_peft.tasks import solve_head
 
     peft_config, model = tuner.peft_config[adapter_name], tuner.model
     examples, name = read_support(support), policy if isinstance(policy, str) else None

@@ -33,7 +33,7 @@ ALLOWED = {
     "generation": {"adapters", "tasks", "policy", "cards", "candidates"},
     "baselines": {"tasks", "policy"},
     "evaluation": {"tasks", "policy", "generation", "baselines"},
-    **{part: PEFT_METHOD | {"adapters", "generation", "hub"} for part in PEFT_METHOD},
+    **{part: PEFT_METHOD | {"adapters", "tasks", "generation", "hub"} for part in PEFT_METHOD},
 }
 NEVER_IMPORTED = {"cli", "examples", "benchmarks", "tests"}
 

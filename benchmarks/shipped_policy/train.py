@@ -10,23 +10,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from text_suite import CONTRAST_VALIDATION, VALIDATION, contrast_tasks, load_tasks, training_encoder, training_tasks
 
-from lohp_peft.cli.overrides import read_config
 from lohp_peft.policy_learning import PolicyLearningConfig, train_policy
 from lohp_peft.trajectories import TrajectoryDataset
 
 DEFAULTS = {
-    "cloning_steps": "400",
-    "training_steps": "760",
-    "validate_every": "200",
-    "rows_per_task": "300",
-    "subtb_weight": "0.01",
-    "cloning_weight": "0.02",
+    "cloning_steps": 400,
+    "training_steps": 760,
+    "validate_every": 200,
+    "rows_per_task": 300,
+    "subtb_weight": 0.01,
+    "cloning_weight": 0.02,
 }
 
 if __name__ == "__main__":
     trajectories, output, start = Path(sys.argv[1]), Path(sys.argv[2]), time.perf_counter()
-    settings = DEFAULTS | dict(pair.split("=", 1) for pair in sys.argv[3:])
-    config = read_config(PolicyLearningConfig, None, [], [f"{key}={value}" for key, value in settings.items()])
+    given = dict(pair.split("=", 1) for pair in sys.argv[3:])
+    config = PolicyLearningConfig(**{**DEFAULTS, **{key: json.loads(value) for key, value in given.items()}})
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     policy = train_policy(
         training_tasks(),

@@ -150,7 +150,8 @@ class LoHpTrainer:
         return {"cloning": (loss, 1.0)}, {}
 
     def _hybrid_phase(self) -> tuple[dict[str, tuple[Tensor, float]], dict[str, float]]:
-        config, scalars = self.config, {}
+        config = self.config
+        scalars: dict[str, float] = {}
         index, features, optimizers = self._recorded_batch()
         states = self.recordings.states[index]
         cloning = cloning_loss(self.policy, states, features, optimizers, self._generator("noise"))
@@ -264,7 +265,7 @@ class LoHpTrainer:
     def _start_hybrid_phase(self) -> None:
         """Freeze the behaviour clone as the reference and set the temperature from its rollouts."""
         self.reference = copy.deepcopy(self.policy).eval().requires_grad_(False)
-        decrease = float((self.recordings.losses[:, 0] - self.recordings.losses[:, -1]).clamp(min=0).mean())
+        decrease = float((self.recordings.losses[:, 0] - self.recordings.losses[:, -1]).clamp(min=0).mean().detach())
         floor = max(decrease / MAX_REWARD_RANGE, 1e-3)
         if self.config.mode == "off_policy" or self.config.subtb_weight == 0:
             final = self.recordings.losses[:, -1]
