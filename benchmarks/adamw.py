@@ -17,7 +17,7 @@ from text_suite import load_tasks, minilm
 from lohp_peft import AdamWBaseline, LoHpPolicy
 from lohp_peft.tasks import draw
 
-TASKS = "amazon_music ss_youtube fewrel_nyt absa_twitter".split()
+TASKS = "amazon_music ss_youtube".split()
 RATES, STEPS, SHOTS, MAX_TEST = (1e-3, 3e-3), (5, 10, 20, 40), 16, 200
 
 
