@@ -67,6 +67,8 @@ def segments(
     """
     states = states.detach()
     batch, time = states.shape[0], states.shape[1] - 1
+    training = policy.training
+    policy.eval()  # dropout would set the policy apart from its clone and fill the residuals with noise
     means = teacher_forced_means(policy, states, features, optimizers)
     with torch.no_grad():
         clone = teacher_forced_means(reference, states, features, optimizers)
@@ -74,5 +76,6 @@ def segments(
     step = torch.arange(time + 1, device=states.device).repeat(batch)
     optimizer = None if optimizers is None else optimizers.repeat_interleave(time + 1)
     flow = policy.log_flow(states.flatten(0, 1), step, repeat_features(features, time + 1), optimizer)
+    policy.train(training)
     flow = forward_looking_log_flow(flow.unflatten(0, (batch, time + 1)), losses, temperature)
     return Segments(log_pf=ratio, log_flow=flow, tasks=tasks, states=states)

@@ -113,7 +113,7 @@ def train_policy(
         ValueError: When dataset, encoder and tasks do not belong together, naming both sides.
     """
     config = config or PolicyLearningConfig()
-    accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+    accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision, cpu=encoder.device.type == "cpu")
     console = console or Console(stderr=True)
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
