@@ -64,6 +64,17 @@ def test_relative_segments_vanish_at_the_clone_and_cut_all_gradients(policy, fea
         assert any(p.grad is not None and p.grad.any() for p in network.parameters())
 
 
+def test_dropout_does_not_set_the_policy_apart_from_its_clone(policy, features, recordings):
+    clone = copy.deepcopy(policy).eval()
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    policy.train()
+    found = segments(policy, clone, recordings.states, recordings.losses, features, None, 0.1)
+    assert not found.log_pf.any()
+    assert policy.training
+
+
 def test_log_ratios_are_those_of_gaussians(policy, features, recordings):
     clone = copy.deepcopy(policy)
     with torch.no_grad():
