@@ -30,7 +30,7 @@ class GenerationConfig:
     choose: bool = field(
         default=True, metadata={"help": "score candidates on the support set, none and mean among them"}
     )
-    scored_texts: int = field(default=64, metadata={"help": "most support texts behind a score, but two a class"})
+    scored_texts: int = field(default=32, metadata={"help": "most support texts behind a score, but two a class"})
     margin: float = field(
         default=1.0, metadata={"help": "standard errors by which a candidate must beat the generated adapter"}
     )
@@ -75,7 +75,7 @@ class CandidateSet:
         self.policy, self.encoder, self.examples, self.config = policy, encoder, examples, config
         self.sizes = [len(task) for task in examples]
         prepared = [encoder.prepare(task.texts, task.texts_b) for task in examples]
-        self.truncated = [_count_truncated(encoder, task) for task in examples]
+        self.truncated = [_count_truncated(encoder, *pair) for pair in zip(examples, prepared, strict=True)]
         if any(self.truncated):
             warnings.warn(
                 f"{sum(self.truncated)} of {sum(self.sizes)} support texts are longer than {encoder.max_length} tokens and "
@@ -89,8 +89,7 @@ class CandidateSet:
         self.head = config.head or policy.config.head
 
     def _split(self, statistics: TextStatistics) -> list[TextStatistics]:
-        parts = zip(statistics.embeddings.split(self.sizes), statistics.modules.split(self.sizes), strict=True)
-        return [TextStatistics(*part) for part in parts]
+        return [statistics[rows] for rows in torch.arange(len(self.owner)).split(self.sizes)]
 
     def all_rows(self) -> list[Tensor]:
         """Every row of every task."""
@@ -135,17 +134,23 @@ class CandidateSet:
             policy_steps=self.config.policy_steps,
         )
 
-    def _candidates(self, features: TaskFeatures, rows: list[Tensor], path: Tensor | None = None) -> dict[str, Tensor]:
-        """States of every candidate, each (tasks, modules, width)."""
+    def _rolled_out(self, features: TaskFeatures, rows: list[Tensor], path: Tensor | None = None) -> dict[str, Tensor]:
+        """States of the candidates that depend on the rows the policy may see, each (tasks, modules, width)."""
         path = self.rollout(features, rows) if path is None else path
         final = path[:, -1]
         found = {"generated": final}
         found |= {f"generated x {a:g}": a * final for a in self.config.amplitudes if a != 1.0}
         for n in range(self.config.num_candidates):
             found[f"rollout {n + 1}"] = self.rollout(features, rows, self.config.noise, n + 1)[:, -1]
+        return found
+
+    def _fixed(self) -> dict[str, Tensor]:
+        """States of the candidates that are the same for all tasks."""
+        found = {}
+        shape = len(self.examples), *self.policy.space.shape
         if self.policy.reference_set is not None:
-            found["mean"] = self.policy.reference_set.mean_state().to(final).expand_as(final)
-        found["none"] = torch.zeros_like(final)
+            found["mean"] = self.policy.reference_set.mean_state().to(self.policy.scale).expand(shape)
+        found["none"] = self.policy.scale.new_zeros(shape)
         return found
 
     def choose(self, paths: Tensor) -> tuple[Tensor, list[tuple[Candidate, ...]], list[tuple[str, str]]]:
@@ -155,7 +160,7 @@ class CandidateSet:
             return paths[:, -1].contiguous(), [(Candidate("generated"),)] * len(paths), [note] * len(paths)
         losses = self._cross_fitted_losses()
         features = TaskFeatures.stack([self.features(i, slice(None)) for i in range(len(paths))])
-        states = self._candidates(features, self.all_rows(), paths)
+        states = self._rolled_out(features, self.all_rows(), paths) | self._fixed()
         chosen, candidates, reasons = [], [], []
         for i in range(len(paths)):
             found = {}
@@ -172,31 +177,36 @@ class CandidateSet:
     def _cross_fitted_losses(self) -> dict[str, list[Tensor]]:
         """Loss of every scored support text under every candidate, conditioned and solved on the other half."""
         halves = [_halves(task, self.config.scored_texts, self.config.seed) for task in self.examples]
-        offsets = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        compared = [torch.cat(half).unique() for half in halves]
+        fixed = self._fixed()
+        base = {"none": [s.embeddings[rows] for s, rows in zip(self.statistics, compared, strict=True)]}
+        base |= self._embed({name: state for name, state in fixed.items() if name != "none"}, compared)
         collected: dict[str, list[list[Tensor]]] = {}
         for fold in (0, 1):
             seen, scored = [h[fold] for h in halves], [h[1 - fold] for h in halves]
             features = TaskFeatures.stack([self.features(i, rows) for i, rows in enumerate(seen)])
-            states = self._candidates(features, seen)
-            parts = [torch.cat([a, b]) + offset for a, b, offset in zip(seen, scored, offsets, strict=True)]
-            rows, counts = torch.cat(parts), [len(part) for part in parts]
-            names = [name for name in states if name != "none"]
-            stacked = torch.cat([states[name] for name in names])
-            encoded = self.encoded[rows.repeat(len(names))]
-            owner = torch.repeat_interleave(torch.arange(len(stacked)), torch.tensor(counts * len(names)))
-            x = self.encoder.embed(encoded, stacked, owner).split(counts * len(names))
-            embedded = {name: x[k * len(parts) : (k + 1) * len(parts)] for k, name in enumerate(names)}
-            base = torch.cat([s.embeddings for s in self.statistics])[rows].split(counts)
-            for name, pieces in {**embedded, "none": base}.items():
+            embedded = base | self._embed(self._rolled_out(features, seen), compared)
+            for name, pieces in embedded.items():
                 found = []
-                for i, piece in enumerate(pieces):
-                    targets, n_classes = self.examples[i].targets, self.examples[i].n_classes
-                    head = self.solve(piece[: len(seen[i])], targets[seen[i]], n_classes)
-                    found.append(
-                        cross_entropy(head.logits(piece[len(seen[i]) :]), targets[scored[i]], reduction="none")
-                    )
+                for i, x in enumerate(pieces):
+                    targets, at = self.examples[i].targets, lambda rows, i=i: torch.searchsorted(compared[i], rows)
+                    head = self.solve(x[at(seen[i])], targets[seen[i]], self.examples[i].n_classes)
+                    logits = head.logits(x[at(scored[i])])
+                    found.append(cross_entropy(logits, targets[scored[i]], reduction="none"))
                 collected.setdefault(name, []).append(found)
         return {name: [torch.cat(parts) for parts in zip(*folds, strict=True)] for name, folds in collected.items()}
+
+    def _embed(self, states: Mapping[str, Tensor], rows: list[Tensor]) -> dict[str, list[Tensor]]:
+        """By candidate and task, embeddings of the task's `rows` under the candidate's state for that task."""
+        if not states:
+            return {}
+        offsets = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        index = torch.cat([part + offset for part, offset in zip(rows, offsets, strict=True)])
+        counts = [len(part) for part in rows] * len(states)
+        owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        stacked = torch.cat(list(states.values()))
+        x = self.encoder.embed(self.encoded[index.repeat(len(states))], stacked, owner).split(counts)
+        return {name: list(x[k * len(rows) : (k + 1) * len(rows)]) for k, name in enumerate(states)}
 
 
 def _halves(examples: Examples, limit: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -229,7 +239,12 @@ def _decide(candidates: Mapping[str, Candidate], margin: float) -> tuple[str, st
     return best, reason
 
 
-def _count_truncated(encoder: TextEncoder, task: Examples) -> int:
-    pair = None if task.texts_b is None else list(task.texts_b)
-    lengths = encoder.tokenizer(list(task.texts), pair, truncation=False, padding=False, verbose=False)["input_ids"]
+def _count_truncated(encoder: TextEncoder, task: Examples, encoded: EncodedTexts) -> int:
+    """Texts that fill the encoder's length are tokenized again, whole."""
+    full = (encoded.attention_mask.sum(-1) >= encoder.max_length).nonzero().flatten().tolist()
+    if not full:
+        return 0
+    texts = [task.texts[i] for i in full]
+    pair = None if task.texts_b is None else [task.texts_b[i] for i in full]
+    lengths = encoder.tokenizer(texts, pair, truncation=False, padding=False, verbose=False)["input_ids"]
     return sum(len(ids) > encoder.max_length for ids in lengths)

@@ -230,7 +230,6 @@ def _report(
     lora: dict[str, tuple[Tensor, Tensor]],
 ) -> GenerationReport:
     policy, examples, reference = job.policy, job.examples[i], job.policy.reference_set
-    task = TaskFeatures(features.set[i], features.labels[i], features.modules[i])
     nearest, distance = (
         reference.nearest_state_distance(state) if reference is not None and state.any() else (None, None)
     )
@@ -239,7 +238,7 @@ def _report(
         reason=reason,
         abstained=chosen in ("none", "mean"),
         candidates=candidates,
-        nearest_task=None if reference is None else reference.names[reference.nearest(task)],
+        nearest_task=None if reference is None else reference.names[reference.nearest(features[i])],
         nearest_adapter=None if nearest is None or reference is None else reference.names[nearest],
         nearest_adapter_distance=distance,
         support={name: examples.labels.count(c) for c, name in enumerate(examples.label_names)},

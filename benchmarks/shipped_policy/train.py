@@ -27,10 +27,11 @@ if __name__ == "__main__":
     given = dict(pair.split("=", 1) for pair in sys.argv[3:])
     config = PolicyLearningConfig(**{**DEFAULTS, **{key: json.loads(value) for key, value in given.items()}})
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    dataset = TrajectoryDataset.open(trajectories)
     policy = train_policy(
         training_tasks(),
-        training_encoder(),
-        TrajectoryDataset.open(trajectories),
+        training_encoder(dataset.space),
+        dataset,
         output,
         config,
         validation_tasks=load_tasks(VALIDATION) + contrast_tasks([CONTRAST_VALIDATION]),

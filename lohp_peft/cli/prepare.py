@@ -18,6 +18,9 @@ def prepare(
     ],
     output: Annotated[Path, typer.Option(help="Folder of the trajectories; a run that stopped is continued.")],
     space: Annotated[str, typer.Option(help="Weight space: `core` or `lora_b`.")] = "core",
+    bases: Annotated[
+        str, typer.Option(help="Of a core: the tasks' first `gradients`, or the `base-weights`.")
+    ] = "gradients",
     r: Annotated[int, typer.Option("--r", help="Rank of the recorded adapters.")] = 8,
     target_modules: Annotated[
         str | None, typer.Option(help="Module names, comma-separated; PEFT's choice for the model by default.")
@@ -37,8 +40,15 @@ def prepare(
     from accelerate import Accelerator
 
     from lohp_peft.tasks import TextEncoder
-    from lohp_peft.weight_preparation import WeightPreparationConfig, plan_preparation, prepare_trajectories
+    from lohp_peft.weight_preparation import (
+        WeightPreparationConfig,
+        gradient_space,
+        plan_preparation,
+        prepare_trajectories,
+    )
 
+    if bases not in ("gradients", "base-weights"):
+        raise ValueError(f"`--bases` must be gradients or base-weights, got {bases!r}.")
     settings = read_config(WeightPreparationConfig, config, ctx.args, sets or ())
     tasks = load_tasks(task)
     model, tokenizer = load_base_model(base_model)
@@ -50,7 +60,11 @@ def prepare(
         else:
             Console().print(plan.table())
         return
+    accelerator = Accelerator()
     encoder = TextEncoder(model, tokenizer, weight_space, pooling=pooling, max_length=max_length)
-    dataset = prepare_trajectories(tasks, encoder, output, settings, Accelerator())
+    if space == "core" and bases == "gradients":
+        weight_space = gradient_space(tasks, encoder, r, settings, output_dir=output, accelerator=accelerator)
+        encoder = TextEncoder(model, tokenizer, weight_space, pooling=pooling, max_length=max_length)
+    dataset = prepare_trajectories(tasks, encoder, output, settings, accelerator)
     if json:
         write_json({"output": output, "tasks": list(dataset.keys()), "trajectories": len(dataset)})

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class LoHpPolicyConfig(PretrainedConfig):
@@ -34,6 +34,8 @@ class LoHpPolicyConfig(PretrainedConfig):
         optimizers (`list[str]`): Recorded optimizers the policy can imitate; token 0 is "none in particular".
         noise_scale (`float`): Policy standard deviation as a share of the recorded root-mean-square step
             (Ours: 0.3, measured on a toy).
+        reads_previous (`bool`): Whether the mean depends on the previous move; off where a backward policy is the
+            reference, under which such a mean would be all but certain.
         preset (`str`): How the policy was trained.
         provenance (`dict`): Training tasks, licences, seeds, commit.
     """
@@ -64,15 +66,16 @@ class LoHpPolicyConfig(PretrainedConfig):
         state_shape: list[int] | None = None,
         optimizers: list[str] | None = None,
         noise_scale: float = 0.3,
+        reads_previous: bool = True,
         preset: str = "",
         provenance: dict[str, Any] | None = None,
         schema_version: int = SCHEMA_VERSION,
         **kwargs: Any,
     ) -> None:
-        if schema_version > SCHEMA_VERSION:
+        if schema_version != SCHEMA_VERSION:
             raise ValueError(
-                f"This policy has schema version {schema_version}, this lohp_peft reads up to {SCHEMA_VERSION}: "
-                "upgrade lohp_peft."
+                f"This policy has schema version {schema_version}, this lohp_peft reads version {SCHEMA_VERSION}: "
+                + ("upgrade lohp_peft." if schema_version > SCHEMA_VERSION else "train the policy again with it.")
             )
         sizes = {
             "r": r,
@@ -98,6 +101,7 @@ class LoHpPolicyConfig(PretrainedConfig):
         self.num_directions, self.dropout = num_directions, dropout
         self.state_shape = list(state_shape or [1, 1])
         self.optimizers = list(optimizers or [])
-        self.noise_scale, self.preset, self.provenance = noise_scale, preset, dict(provenance or {})
+        self.noise_scale, self.reads_previous = noise_scale, reads_previous
+        self.preset, self.provenance = preset, dict(provenance or {})
         self.schema_version = schema_version
         super().__init__(**kwargs)

@@ -25,8 +25,9 @@ REFERENCE_FILE = "reference_set.safetensors"
 class LoHpPolicy(PreTrainedModel):
     """A Gaussian policy over adapters: `s[k+1] ~ N(mean(s[k], k, task), sigma[k]^2)` from `s[0]` = no adapter.
 
-    The mean moves towards a *goal*, a mixture of learned directions gated by the task's features, and adds a free
-    bounded move per module: `mean = s + (goal - s) / (K - k) + free`. Every prefix of the steps is a valid adapter
+    The mean moves towards a *goal*, a mixture of learned directions and of what the support set's errors ask for, both
+    gated by the task's features, and adds a free bounded move per module: `mean = s + (goal - s) / (K - k) + free`.
+    Every prefix of the steps is a valid adapter
     and the last step arrives (Ours: any-time by construction). Inside the networks states are in units of `scale`,
     the root mean square of the recorded final adapters per module, and free moves in units of `step_rms`, that of the
     recorded steps (Ours: notes on normalising per tensor).
@@ -46,7 +47,7 @@ class LoHpPolicy(PreTrainedModel):
         super().__init__(config)
         modules, width = config.state_shape
         p, f = config.principal_directions, config.module_features
-        sizes = (2 * p, p + 3, 2 * f)
+        sizes = (2 * p, p + 6, 2 * f)
         self.normalize_set = FeatureNormalizer(sizes[0])
         self.normalize_labels = FeatureNormalizer(sizes[1])
         self.normalize_modules = FeatureNormalizer(modules * sizes[2])
@@ -102,7 +103,8 @@ class LoHpPolicy(PreTrainedModel):
 
     def _inputs(self, features: TaskFeatures) -> tuple[TaskFeatures, Tensor]:
         modules = self.normalize_modules(features.modules.flatten(-2)).view_as(features.modules)
-        scaled = TaskFeatures(self.normalize_set(features.set), self.normalize_labels(features.labels), modules)
+        sides = self.normalize_set(features.set), self.normalize_labels(features.labels)
+        scaled = TaskFeatures(*sides, modules, features.moments)
         ratios = modules[..., : modules.shape[-1] // 2].flatten(-2)
         return scaled, torch.cat([scaled.set, scaled.labels, ratios], -1)
 
@@ -120,12 +122,13 @@ class LoHpPolicy(PreTrainedModel):
             state: Current states, shape (batch, modules, width).
             step: Policy step index of each, int64, shape (batch,), below `policy_steps`.
             features: Batched task features.
-            previous: The states one step before, or `None` for no previous move (relative form only).
+            previous: The states one step before, or `None` for no previous move.
             optimizer: Index into `config.optimizers` plus one, shape (batch,); 0 or `None` is none in particular.
         """
         scaled, flat = self._inputs(features)
         optimizer = torch.zeros_like(step) if optimizer is None else optimizer
-        move = torch.zeros_like(state) if previous is None else (state - previous) / self.scale
+        blind = previous is None or not self.config.reads_previous
+        move = torch.zeros_like(state) if blind else (state - previous) / self.scale
         goal, free = self.forward_network(state / self.scale, move, scaled, flat, step, optimizer)
         rate = 1.0 / (self.config.policy_steps - step).to(state.dtype)[:, None, None]
         mean = state + rate * (goal * self.scale - state) + free * self.step_rms[step]

@@ -1,4 +1,4 @@
-"""The networks of the policy: conditioning, gated directions, a transformer over module tokens, a log flow."""
+"""The networks of the policy: conditioning, gated directions, error feedback, a transformer over modules, a log flow."""
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class ForwardNetwork(nn.Module):
-    """Gated mixture of learned directions plus a free, bounded, low-gain move per module."""
+    """A mixture of learned directions, gated feedback of errors, and a free, bounded, low-gain move per module."""
 
     def __init__(self, config: LoHpPolicyConfig, sizes: tuple[int, int, int], shape: tuple[int, int]) -> None:
         super().__init__()
@@ -102,6 +102,12 @@ class ForwardNetwork(nn.Module):
         self.gates = nn.Linear(hidden, config.num_directions)
         nn.init.normal_(self.gates.weight, std=0.02)
         nn.init.zeros_(self.gates.bias)
+        p, r = config.principal_directions, config.r
+        self.feedback = nn.Parameter(torch.randn(modules, width // r, p) / p**0.5)
+        self.inward = nn.Parameter(torch.eye(r + 1)[:, :r].repeat(modules, 1, 1))
+        self.feedback_gates = nn.Linear(hidden, modules)
+        nn.init.zeros_(self.feedback_gates.weight)
+        nn.init.constant_(self.feedback_gates.bias, 0.1)
         self.token = nn.Linear(2 * width + 1 + sizes[2], hidden)
         self.module = nn.Parameter(torch.randn(modules, hidden) * 0.02)
         self.task = nn.ModuleList([nn.Linear(sizes[0], hidden), nn.Linear(sizes[1], hidden)])
@@ -111,8 +117,9 @@ class ForwardNetwork(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Directions and the gates that mix them."""
-        return [self.start, self.directions, *self.trunk.parameters(), *self.gates.parameters()]
+        """Directions, feedback and the gates that mix them."""
+        gates = [*self.trunk.parameters(), *self.gates.parameters(), *self.feedback_gates.parameters()]
+        return [self.start, self.directions, self.feedback, self.inward, *gates]
 
     def free_parameters(self) -> list[nn.Parameter]:
         """The transformer behind the free moves."""
@@ -122,7 +129,11 @@ class ForwardNetwork(nn.Module):
     def forward(
         self, state: Tensor, previous: Tensor, features: TaskFeatures, flat: Tensor, step: Tensor, optimizer: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The goal of the gated mixture and the free move, each (batch, modules, width), in units of the step scale.
+        """The goal of the gates and the free move, each (batch, modules, width), in units of the step scale.
+
+        The goal is a learned start, a mixture of learned directions, and what the support set's errors ask of each
+        module: `gate * feedback @ moments @ inward`, the gradient of the support loss as far as it can be known without
+        a backward pass (see `tasks.task_features`).
 
         Args:
             state: Scaled states, shape (batch, modules, width).
@@ -134,6 +145,8 @@ class ForwardNetwork(nn.Module):
         """
         condition = self.trunk(flat, step, optimizer)
         goal = self.start + torch.einsum("bd,dmw->bmw", self.gates(condition), self.directions)
+        asked = self.feedback @ features.moments @ self.inward
+        goal = goal + (self.feedback_gates(condition)[..., None, None] * asked).flatten(-2)
         rms = state.square().mean(-1, keepdim=True).add(1e-6).sqrt()
         tokens = self.token(torch.cat([state / (1 + rms), previous, rms.log(), features.modules], -1))
         tokens = tokens + self.module + condition[:, None]

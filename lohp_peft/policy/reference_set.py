@@ -1,13 +1,15 @@
 """The training tasks as the policy remembers them: adapters, embeddings and features, no texts."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lohp_peft.tasks.features import TaskFeatures
+
+FEATURES = tuple(field.name for field in fields(TaskFeatures))
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,12 @@ class ReferenceSet:
 
     def task_features(self, index: int) -> TaskFeatures:
         """The stored features of one task."""
-        f = self.features
-        return TaskFeatures(f.set[index], f.labels[index], f.modules[index])
+        return self.features[index]
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata for a safetensors file."""
-        f = self.features
-        tensors = {"states": self.states, "set": f.set, "labels": f.labels, "modules": f.modules}
+        tensors = {name: getattr(self.features, name) for name in FEATURES} | {"states": self.states}
+        tensors["moments"] = tensors["moments"].half()  # of order 1, and most of the file
         names = json.dumps({"names": self.names, "families": self.families})
         return {name: tensor.contiguous() for name, tensor in tensors.items()}, {"tasks": names}
 
@@ -78,5 +79,5 @@ class ReferenceSet:
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> "ReferenceSet":
         """Inverse of `to_tensors`."""
         tasks = json.loads(metadata["tasks"])
-        features = TaskFeatures(*(tensors[name].float() for name in ("set", "labels", "modules")))
+        features = TaskFeatures(*(tensors[name].float() for name in FEATURES))
         return cls(tuple(tasks["names"]), tuple(tasks["families"]), tensors["states"].float(), features)

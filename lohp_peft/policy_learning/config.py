@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 PRESETS = ("behaviour_cloning", "lohp", "lohp+path")
+REFERENCES = ("clone", "backward")
 MODES = ("hybrid", "on_policy", "off_policy")
 
 
@@ -22,6 +23,16 @@ class PolicyLearningConfig:
         "lohp+path", "one of behaviour_cloning, lohp, lohp+path; lohp+path adds the reward's gradient"
     )
     mode: str = _field("hybrid", "segments used: hybrid, on_policy only or off_policy only (ablations)")
+    reference: str = _field(
+        "clone",
+        "in the place of the backward policy: clone (a frozen behaviour clone, the relative form) or backward (a backward "
+        "policy fitted on the recordings)",
+    )
+    refresh_kl: float = _field(
+        5.0,
+        "nats a trajectory that the policy must have left its clone by, with a better validation loss, for the clone to "
+        "be taken anew; inf for never",
+    )
     final_weights_only: bool = _field(
         False, "use only the last recorded state of a run, reached on a straight line (ablation)"
     )
@@ -68,7 +79,8 @@ class PolicyLearningConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        for name, choices in (("preset", PRESETS), ("mode", MODES), ("mixed_precision", ("no", "bf16"))):
+        choices_of = {"preset": PRESETS, "mode": MODES, "reference": REFERENCES, "mixed_precision": ("no", "bf16")}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 problems.append(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}")
         for name in ("batch_size", "recorded_batch_size", "rollouts_per_task", "on_policy_every", "policy_steps"):
@@ -81,6 +93,7 @@ class PolicyLearningConfig:
             "learning_rate",
             "path_weight",
             "subtb_weight",
+            "refresh_kl",
         ):
             if not getattr(self, name) >= 0:
                 problems.append(f"`{name}` must be at least 0, got {getattr(self, name)}")

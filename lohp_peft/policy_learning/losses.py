@@ -3,15 +3,21 @@
 import torch
 from torch import Tensor
 
-from lohp_peft.objectives import Segments, behaviour_cloning_loss, forward_looking_log_flow, gaussian_log_ratio
-from lohp_peft.policy import LoHpPolicy
+from lohp_peft.objectives import (
+    BackwardReference,
+    Segments,
+    behaviour_cloning_loss,
+    forward_looking_log_flow,
+    gaussian_log_prob,
+    gaussian_log_ratio,
+)
+from lohp_peft.policy import LoHpPolicy, rollout
 from lohp_peft.tasks import TaskFeatures
 
 
 def repeat_features(features: TaskFeatures, times: int) -> TaskFeatures:
     """Every support set's features `times` times in a row."""
-    parts = (features.set, features.labels, features.modules)
-    return TaskFeatures(*(x.repeat_interleave(times, 0) for x in parts))
+    return features.map(lambda part: part.repeat_interleave(times, 0))
 
 
 def teacher_forced_means(
@@ -37,7 +43,8 @@ def cloning_loss(
 ) -> Tensor:
     """Behaviour cloning of recorded steps from noisy states (noise on inputs, not on targets; Ours: notes 9.3)."""
     sigma = step_sigmas(policy, states.shape[1] - 1)
-    noise = torch.randn(states.shape, generator=generator) * torch.cat([torch.zeros_like(sigma[:1]), sigma])
+    noise = torch.randn(states.shape, generator=generator).to(states)
+    noise = noise * torch.cat([torch.zeros_like(sigma[:1]), sigma])
     noisy = states + noise * policy.state_mask
     means = teacher_forced_means(policy, noisy, features, optimizers)
     return behaviour_cloning_loss(means, states[:, 1:], sigma, policy.state_mask)
@@ -45,7 +52,7 @@ def cloning_loss(
 
 def segments(
     policy: LoHpPolicy,
-    reference: LoHpPolicy,
+    reference: LoHpPolicy | BackwardReference,
     states: Tensor,
     losses: Tensor,
     features: TaskFeatures,
@@ -53,11 +60,12 @@ def segments(
     temperature: float,
     tasks: Tensor | None = None,
 ) -> Segments:
-    """Relative sub-trajectories: log-ratio to the frozen clone, forward-looking log flow.
+    """Sub-trajectories with their log-probabilities against the reference and their forward-looking log flow.
 
     Args:
         policy: The policy being trained.
-        reference: Its frozen behaviour clone, in the place of the backward policy.
+        reference: What stands in the place of the backward policy: a frozen clone of the policy (relative form), or a
+            backward policy fitted on the recordings.
         states: Shape (batch, time + 1, modules, width), detached here.
         losses: Relative losses of all states, shape (batch, time + 1).
         features: Batched features.
@@ -69,13 +77,44 @@ def segments(
     batch, time = states.shape[0], states.shape[1] - 1
     training = policy.training
     policy.eval()  # dropout would set the policy apart from its clone and fill the residuals with noise
-    means = teacher_forced_means(policy, states, features, optimizers)
-    with torch.no_grad():
-        clone = teacher_forced_means(reference, states, features, optimizers)
-    ratio = gaussian_log_ratio(states[:, 1:], means, clone, step_sigmas(policy, time), policy.state_mask)
+    log_pf, log_ref = log_probabilities(policy, reference, states, features, optimizers)
     step = torch.arange(time + 1, device=states.device).repeat(batch)
     optimizer = None if optimizers is None else optimizers.repeat_interleave(time + 1)
     flow = policy.log_flow(states.flatten(0, 1), step, repeat_features(features, time + 1), optimizer)
     policy.train(training)
     flow = forward_looking_log_flow(flow.unflatten(0, (batch, time + 1)), losses, temperature)
-    return Segments(log_pf=ratio, log_flow=flow, tasks=tasks, states=states)
+    return Segments(log_pf=log_pf, log_ref=log_ref, log_flow=flow, tasks=tasks, states=states)
+
+
+def log_probabilities(
+    policy: LoHpPolicy,
+    reference: LoHpPolicy | BackwardReference,
+    states: Tensor,
+    features: TaskFeatures,
+    optimizers: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """`log_pf` and `log_ref` of the steps between `states`, each (batch, time) in nats.
+
+    With a clone the first is the log-ratio already, exact where the two agree, and the second `None`.
+    """
+    time = states.shape[1] - 1
+    means, sigma = teacher_forced_means(policy, states, features, optimizers), step_sigmas(policy, time)
+    if isinstance(reference, BackwardReference):
+        steps = torch.arange(time, device=states.device).expand(len(states), time)
+        back = reference.log_prob(states[:, :-1], states[:, 1:], steps)
+        return gaussian_log_prob(states[:, 1:], means, sigma, policy.state_mask), back
+    with torch.no_grad():
+        clone = teacher_forced_means(reference, states, features, optimizers)
+    return gaussian_log_ratio(states[:, 1:], means, clone, sigma, policy.state_mask), None
+
+
+@torch.no_grad()
+def divergence(policy: LoHpPolicy, clone: LoHpPolicy, features: TaskFeatures) -> float:
+    """Kullback-Leibler divergence of the policy from its clone along the policy's mean rollouts, in nats a trajectory.
+
+    Both are Gaussian with one covariance, so each step costs `|mean - clone's mean|² / 2 sigma²`.
+    """
+    states = rollout(policy, features)
+    means, others = (teacher_forced_means(p, states, features, None) for p in (policy, clone))
+    step = (means - others) / step_sigmas(policy, states.shape[1] - 1)
+    return float(0.5 * (step * policy.state_mask).square().sum((1, 2, 3)).mean())

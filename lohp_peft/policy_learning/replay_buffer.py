@@ -1,11 +1,13 @@
 """First-in first-out memory of on-policy rollouts and their scores."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from lohp_peft.tasks.features import TaskFeatures
+
+FEATURES = tuple(field.name for field in fields(TaskFeatures))
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,8 @@ class ReplayBuffer:
         """Tensors only, so that it can be saved without pickle."""
         tensors: dict[str, Tensor] = {}
         for i, item in enumerate(self.rollouts):
-            f = item.features
-            parts = {"states": item.states, "losses": item.losses, "set": f.set, "labels": f.labels}
-            parts |= {"modules": f.modules, "prefix": torch.tensor(item.prefix)}
+            parts = {"states": item.states, "losses": item.losses, "prefix": torch.tensor(item.prefix)}
+            parts |= {name: getattr(item.features, name) for name in FEATURES}
             tensors |= {f"{i:06d}.{name}": tensor.contiguous() for name, tensor in parts.items()}
         return tensors
 
@@ -67,6 +68,6 @@ class ReplayBuffer:
             index, part = name.split(".")
             items.setdefault(index, {})[part] = tensor
         self.rollouts = [
-            Rollout(x["states"], x["losses"], TaskFeatures(x["set"], x["labels"], x["modules"]), int(x["prefix"]))
+            Rollout(x["states"], x["losses"], TaskFeatures(*(x[name] for name in FEATURES)), int(x["prefix"]))
             for _, x in sorted(items.items())
         ]

@@ -245,6 +245,7 @@ def _policy_config(
         num_directions=config.num_directions,
         dropout=config.dropout,
         noise_scale=config.noise_scale,
+        reads_previous=config.reference == "clone",
         preset=config.preset,
     )
 

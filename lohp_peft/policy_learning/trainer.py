@@ -2,39 +2,38 @@
 
 import copy
 import hashlib
-import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lohp_peft.objectives import calibrate_temperature, hybrid_loss, schedule_fractions
+from lohp_peft.objectives import BackwardReference, hybrid_loss, schedule_fractions
 from lohp_peft.policy import LoHpPolicy, rollout
+from lohp_peft.policy_learning.checkpoint import Groups, read_checkpoint, write_checkpoint
 from lohp_peft.policy_learning.config import PolicyLearningConfig
-from lohp_peft.policy_learning.losses import cloning_loss, repeat_features, segments
+from lohp_peft.policy_learning.losses import cloning_loss, divergence, segments
+from lohp_peft.policy_learning.on_policy import OnPolicy, episode_features, reference_temperature
 from lohp_peft.policy_learning.recordings import Recordings
-from lohp_peft.policy_learning.replay_buffer import ReplayBuffer, Rollout
+from lohp_peft.policy_learning.replay_buffer import ReplayBuffer
 from lohp_peft.tasks import Episode, EpisodeSampler, TaskBank, TaskFeatures
 
 logger = logging.getLogger(__name__)
 
 Log = Callable[[int, Mapping[str, float]], None]
-MAX_REWARD_RANGE = 20.0
-"""Most nats the recordings' mean loss decrease is worth (Ours: a smaller temperature left residuals of 1e6 nats²)."""
 
 
 class LoHpTrainer:
     """Trains a [`LoHpPolicy`] on recordings (off-policy), rollouts (on-policy) and splices of both.
 
     Every random number is keyed by (seed, training step, purpose), so that an interrupted run that resumes equals an
-    uninterrupted one, bit for bit. Gradients are averaged over processes.
+    uninterrupted one, bit for bit. Gradients are averaged over processes; rollouts are the same in all of them, and
+    each replays its share.
 
     Args:
         policy: The policy, with space, scales and normalisers fitted.
@@ -63,8 +62,10 @@ class LoHpTrainer:
         self.policy = policy.to(self.accelerator.device)
         self.bank, self.recordings, self.sampler, self.config = bank, recordings, sampler, config
         self.validation, self.log = validation, log or (lambda step, scalars: None)
-        self.reference: LoHpPolicy | None = None
+        self.reference: LoHpPolicy | BackwardReference | None = None
+        self.reference_loss = math.inf  # validation loss at which the reference was taken
         self.temperature = float("nan")
+        self.on_policy = OnPolicy(self.policy, bank, recordings, sampler, config)
         self.buffer = ReplayBuffer(config.buffer_size)
         self.step, self.best = 0, (math.inf, -1)
         network = policy.forward_network
@@ -95,6 +96,7 @@ class LoHpTrainer:
             due = self.step % self.config.validate_every == 0 or self.step == self.total_steps
             if self.validation is not None and due:
                 scalars |= self.validate()
+                scalars |= self._refresh_reference(scalars["validation_loss"])
             self.log(self.step, scalars)
             if folder is not None and (self.step % self.config.save_every == 0 or self.step == self.total_steps):
                 self.save(folder)
@@ -146,7 +148,8 @@ class LoHpTrainer:
 
     def _cloning_phase(self) -> tuple[dict[str, tuple[Tensor, float]], dict[str, float]]:
         index, features, optimizers = self._recorded_batch()
-        loss = cloning_loss(self.policy, self.recordings.states[index], features, optimizers, self._generator("noise"))
+        generator = self._generator("noise", self.accelerator.process_index)
+        loss = cloning_loss(self.policy, self.recordings.states[index], features, optimizers, generator)
         return {"cloning": (loss, 1.0)}, {}
 
     def _hybrid_phase(self) -> tuple[dict[str, tuple[Tensor, float]], dict[str, float]]:
@@ -154,7 +157,8 @@ class LoHpTrainer:
         scalars: dict[str, float] = {}
         index, features, optimizers = self._recorded_batch()
         states = self.recordings.states[index]
-        cloning = cloning_loss(self.policy, states, features, optimizers, self._generator("noise"))
+        generator = self._generator("noise", self.accelerator.process_index)
+        cloning = cloning_loss(self.policy, states, features, optimizers, generator)
         losses = {"cloning": (cloning, config.cloning_weight)}
         if config.subtb_weight > 0:
             batches = self._segments(index, features, optimizers)
@@ -190,7 +194,7 @@ class LoHpTrainer:
     def _segments(self, index: Tensor, features: TaskFeatures, optimizers: Tensor) -> dict:
         """Recorded, spliced and on-policy segments of this step."""
         if self.reference is None:
-            raise RuntimeError("The frozen behaviour clone does not exist before the hybrid phase.")
+            raise RuntimeError("There is no reference before the hybrid phase.")
         made = {}
         if self.config.mode != "on_policy":
             made["recorded"] = segments(
@@ -205,8 +209,11 @@ class LoHpTrainer:
             )
         if self.config.mode != "off_policy":
             if (self.step - self.config.cloning_steps) % self.config.on_policy_every == 0:
-                self.buffer.add(self._fresh_rollouts())
+                self.policy.eval()
+                self.buffer.add(self.on_policy.fresh(self._generator("rollout"), splice=self.config.mode == "hybrid"))
+                self.policy.train()
             replayed = self.buffer.sample(self.config.recorded_batch_size, self._generator("replay"))
+            replayed = replayed[self.accelerator.process_index :: self.accelerator.num_processes]
             for source, wanted in (("on_policy", False), ("spliced", True)):
                 batch = [item for item in replayed if (item.prefix > 0) == wanted]
                 if batch:
@@ -220,74 +227,56 @@ class LoHpTrainer:
                     )
         return made
 
-    @torch.no_grad()
-    def _fresh_rollouts(self) -> list[Rollout]:
-        """Score new rollouts: from no adapter, and (hybrid) spliced onto recorded prefixes of random length."""
-        self.policy.eval()
-        generator, config = self._generator("rollout"), self.config
-        found = []
-        episode = self._episodes("rollout", 1)[0]
-        features = repeat_features(self._features([episode]), config.rollouts_per_task)
-        states = rollout(self.policy, features, noise=1.0, generator=generator)
-        found += self._scored(episode, states, features, 0)
-        if config.mode == "hybrid":
-            index = self.recordings.sample(1, generator, self.sampler.rows)
-            name = self.recordings.tasks[int(index)]
-            episode = self.sampler.whole_task_episode(name, generator)
-            prefix = (
-                1 + int(torch.randint(config.policy_steps - 1, (1,), generator=generator))
-                if config.policy_steps > 1
-                else 0
-            )
-            features = repeat_features(self._features([episode]), config.rollouts_per_task)
-            recorded = self.recordings.states[index, : prefix + 1].expand(config.rollouts_per_task, -1, -1, -1)
-            states = rollout(self.policy, features, prefix=recorded, noise=1.0, generator=generator)
-            found += self._scored(episode, states, features, prefix)
-        self.policy.train()
-        return found
-
-    def _scored(self, episode: Episode, states: Tensor, features: TaskFeatures, prefix: int) -> list[Rollout]:
-        losses, _ = self.bank.episode_losses(
-            [episode], states.flatten(0, 1)[None], head=self.config.head, ridge=self.config.ridge
-        )
-        losses = losses.view(states.shape[:2])
-        losses = (losses / losses[:, :1].clamp(min=1e-6) if prefix == 0 else losses / self._start_loss(episode)).clamp(
-            max=2.0
-        )
-        each = [TaskFeatures(features.set[i], features.labels[i], features.modules[i]) for i in range(len(states))]
-        return [Rollout(states[i], losses[i], each[i], prefix) for i in range(len(states))]
-
-    def _start_loss(self, episode: Episode) -> Tensor:
-        zero = self.policy.scale.new_zeros(1, 1, *self.policy.config.state_shape)
-        losses, _ = self.bank.episode_losses([episode], zero, head=self.config.head, ridge=self.config.ridge)
-        return losses.clamp(min=1e-6)
-
     def _start_hybrid_phase(self) -> None:
-        """Freeze the behaviour clone as the reference and set the temperature from its rollouts."""
-        self.reference = copy.deepcopy(self.policy).eval().requires_grad_(False)
-        decrease = float((self.recordings.losses[:, 0] - self.recordings.losses[:, -1]).clamp(min=0).mean().detach())
-        floor = max(decrease / MAX_REWARD_RANGE, 1e-3)
-        if self.config.mode == "off_policy" or self.config.subtb_weight == 0:
-            final = self.recordings.losses[:, -1]
-            spread = [
-                final[[i for i, t in enumerate(self.recordings.tasks) if t == n]] for n in set(self.recordings.tasks)
-            ]
-            variance = torch.stack([x.var() for x in spread if len(x) > 1] or [final.var()]).mean()
-            self.temperature = max(float((variance / (2 * self.config.kl_target)).sqrt()), floor)
-            return
-        with torch.no_grad():
-            final = []
-            for i in range(6):  # the same episodes in every process, so that they agree on the temperature
-                episode = self.sampler.sample(self._generator("temperature", i))
-                features = repeat_features(self._features([episode]), self.config.rollouts_per_task)
-                states = rollout(self.reference, features, noise=1.0, generator=self._generator("temperature"))
-                final.append([r.losses[-1] for r in self._scored(episode, states, features, 0)])
-        losses = torch.tensor([[float(x) for x in row] for row in final])
-        self.temperature = max(calibrate_temperature(losses, self.config.kl_target), floor)
+        """Take the reference: freeze the behaviour clone, or fit a backward policy on the recordings."""
+        if self.config.reference == "backward":
+            states = self.recordings.states.to(self.accelerator.device)
+            self.reference = BackwardReference.fit(states, self.policy.state_mask)
+        else:
+            self._take_clone()
+        if self.validation is not None:
+            self.reference_loss = self._validation_scores()["validation_loss"]
+        self.temperature = self._calibrated_temperature()
 
-    @torch.no_grad()
+    def _take_clone(self) -> None:
+        self.reference = copy.deepcopy(self.policy).eval().requires_grad_(False)
+
+    def _calibrated_temperature(self) -> float:
+        if self.reference is None:
+            raise RuntimeError("There is no reference before the hybrid phase.")
+        return reference_temperature(self.on_policy, self.reference, lambda i: self._generator("temperature", i))
+
+    def _refresh_reference(self, validation_loss: float) -> dict[str, float]:
+        """Take the clone anew once the policy is better than at the last taking and far from it.
+
+        The optimum of the relative form is the clone tilted by the reward; starting again from a better clone tilts it
+        further without a temperature so small that residuals explode (Ours: iterated, that is mirror descent).
+        """
+        if self.validation is None or not isinstance(self.reference, LoHpPolicy) or self.config.subtb_weight == 0:
+            return {}
+        bank, episodes = self.validation
+        self.policy.eval()
+        nats = divergence(self.policy, self.reference, self._features(episodes[:8], bank))
+        if not (validation_loss < self.reference_loss and nats > self.config.refresh_kl):
+            return {"divergence": nats}
+        self._take_clone()
+        self.reference_loss = validation_loss
+        for parameter in self.policy.log_flow_network.out.parameters():
+            parameter.data.zero_()
+            self.optimizer.state.pop(parameter, None)
+        self.temperature = self._calibrated_temperature()
+        return {"divergence": nats, "refreshed": 1.0, "temperature": self.temperature}
+
     def validate(self) -> dict[str, float]:
         """Mean query loss and accuracy of mean rollouts on the fixed validation episodes; keeps the best weights."""
+        scores = self._validation_scores()
+        if scores["validation_loss"] < self.best[0]:
+            self.best = (scores["validation_loss"], self.step)
+            self.best_weights = {k: v.detach().clone() for k, v in self.policy.state_dict().items()}
+        return scores
+
+    @torch.no_grad()
+    def _validation_scores(self) -> dict[str, float]:
         if self.validation is None:
             raise RuntimeError("This trainer has no validation episodes.")
         bank, episodes = self.validation
@@ -299,34 +288,25 @@ class LoHpTrainer:
             loss, accuracy = bank.episode_losses([episode], final, head=self.config.head, ridge=self.config.ridge)
             losses.append(float(loss))
             accuracies.append(float(accuracy))
-        loss = sum(losses) / len(losses)
-        if loss < self.best[0]:
-            self.best = (loss, self.step)
-            self.best_weights = {k: v.detach().clone() for k, v in self.policy.state_dict().items()}
-        return {"validation_loss": loss, "validation_accuracy": sum(accuracies) / len(accuracies)}
+        return {"validation_loss": fmean(losses), "validation_accuracy": fmean(accuracies)}
 
     def save(self, folder: Path) -> None:
         """Write everything needed to continue, atomically, without pickle."""
         if not self.accelerator.is_main_process:
             return
-        tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
-        if self.reference is not None:
-            tensors |= {f"reference.{k}": v for k, v in self.reference.state_dict().items()}
-        tensors |= {f"best.{k}": v for k, v in self.best_weights.items()}
-        tensors |= {f"buffer.{k}": v for k, v in self.buffer.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"state-{self.step}.safetensors"
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / name)
-        record = {"step": self.step, "best": list(self.best), "temperature": self.temperature, "file": name}
-        record["config"] = asdict(self.config)
-        temporary = folder / "state.json.tmp"
-        temporary.write_text(json.dumps(record))
-        os.replace(temporary, folder / "state.json")
-        for old in folder.glob("state-*.safetensors"):
-            if old.name != name:
-                old.unlink()
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "policy": self.policy.state_dict(),
+            "best": self.best_weights,
+            "buffer": self.buffer.state_dict(),
+        }
+        if isinstance(self.reference, BackwardReference):
+            groups["reference"] = self.reference.to_tensors()
+        elif self.reference is not None:
+            groups["reference"] = self.reference.state_dict()
+        states = self.optimizer.state_dict()["state"]
+        groups["optimizer"] = {f"{i}.{k}": v for i, state in states.items() for k, v in state.items()}
+        record = {"best": list(self.best), "temperature": self.temperature, "reference_loss": self.reference_loss}
+        write_checkpoint(folder, self.step, groups, {**record, "config": asdict(self.config)})
 
     def load(self, folder: Path) -> None:
         """Continue from `save`.
@@ -334,21 +314,9 @@ class LoHpTrainer:
         Raises:
             ValueError: When the checkpoint was made with other settings, naming them with both values.
         """
-        record = json.loads((folder / "state.json").read_text())
-        mine = json.loads(json.dumps(asdict(self.config)))
-        differ = {k: (record["config"].get(k), v) for k, v in mine.items() if record["config"].get(k) != v}
-        if differ:
-            raise ValueError(
-                f"The checkpoint in {folder} has other settings, (checkpoint, now): {differ}. Use a new folder."
-            )
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in load_file(folder / record["file"], device=str(self.accelerator.device)).items():
-            kind, _, rest = name.partition(".")
-            groups.setdefault(kind, {})[rest] = tensor
+        groups, record = read_checkpoint(folder, asdict(self.config), str(self.accelerator.device))
         self.policy.load_state_dict(groups["policy"])
-        if "reference" in groups:
-            self.reference = copy.deepcopy(self.policy).eval().requires_grad_(False)
-            self.reference.load_state_dict(groups["reference"])
+        self._load_reference(groups)
         self.best_weights = groups.get("best", {})
         self.buffer.load_state_dict(groups.get("buffer", {}))
         state: dict[int, dict[str, Tensor]] = {}
@@ -357,7 +325,17 @@ class LoHpTrainer:
             state.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step, self.temperature = record["step"], record["temperature"]
-        self.best = (record["best"][0], int(record["best"][1]))
+        self.best, self.reference_loss = (record["best"][0], int(record["best"][1])), record["reference_loss"]
+
+    def _load_reference(self, groups: Groups) -> None:
+        if "reference" not in groups:
+            return
+        if self.config.reference == "backward":
+            self.reference = BackwardReference.from_tensors(groups["reference"])
+            return
+        clone = copy.deepcopy(self.policy).eval().requires_grad_(False)
+        clone.load_state_dict(groups["reference"])
+        self.reference = clone
 
     def _recorded_batch(self) -> tuple[Tensor, TaskFeatures, Tensor]:
         """Recorded runs with features of fresh support draws; optimizer tokens are hidden at random."""
@@ -372,11 +350,7 @@ class LoHpTrainer:
         return torch.tensor([names.index(self.recordings.tasks[int(i)]) for i in index])
 
     def _features(self, episodes: Sequence[Episode], bank: TaskBank | None = None) -> TaskFeatures:
-        reference = self.policy.reference_tensors()
-        bank = bank or self.bank
-        return TaskFeatures.stack(
-            [bank.features(e.support, e.support_labels, e.n_classes, reference) for e in episodes]
-        )
+        return episode_features(self.policy, bank or self.bank, episodes)
 
     def _episodes(self, purpose: str, count: int) -> list[Episode]:
         first = self.accelerator.process_index * count

@@ -1,16 +1,18 @@
 """Forward-only features of a labelled support set: what the policy sees of a task.
 
 Every feature is a sum over examples, so the order of the examples cannot matter; labels enter only through class
-means and scatters, so their names cannot matter either; but exchanging labels between examples changes them.
+means, scatters and errors, so their names cannot matter either; but exchanging labels between examples changes them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import cross_entropy, normalize, one_hot, pad
+
+from lohp_peft.tasks.heads import leave_one_out
 
 
 @dataclass(frozen=True)
@@ -19,23 +21,32 @@ class TextStatistics:
 
     Args:
         embeddings: Pooled sentence embeddings, shape (n, d).
-        modules: Mean over tokens of each target module's input and output in the module's own bases, concatenated,
-            shape (n, modules, f).
+        inputs: Mean over tokens of each target module's input in the module's input basis, shape (n, modules, r).
+        outputs: The same of its output in its output basis, shape (n, modules, r), or `None` in a space without one.
     """
 
     embeddings: Tensor
-    modules: Tensor
+    inputs: Tensor
+    outputs: Tensor | None = None
+
+    @property
+    def modules(self) -> Tensor:
+        """Inputs and outputs side by side, shape (n, modules, f)."""
+        return self.inputs if self.outputs is None else torch.cat([self.inputs, self.outputs], -1)
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     def __getitem__(self, index: Tensor) -> "TextStatistics":
-        return TextStatistics(self.embeddings[index], self.modules[index])
+        outputs = None if self.outputs is None else self.outputs[index]
+        return TextStatistics(self.embeddings[index], self.inputs[index], outputs)
 
     @classmethod
     def concatenate(cls, parts: Sequence["TextStatistics"]) -> "TextStatistics":
         """Stack the texts of several sets."""
-        return cls(torch.cat([p.embeddings for p in parts]), torch.cat([p.modules for p in parts]))
+        outputs = [p.outputs for p in parts if p.outputs is not None]
+        inputs = torch.cat([p.inputs for p in parts])
+        return cls(torch.cat([p.embeddings for p in parts]), inputs, torch.cat(outputs) if outputs else None)
 
 
 @dataclass(frozen=True)
@@ -44,18 +55,33 @@ class TaskFeatures:
 
     Args:
         set: Where the texts lie: mean and log variance in the reference's principal directions, shape (..., 2 p).
-        labels: How labels lie in them: log F ratios by direction, their mean, and sizes, shape (..., p + 3).
+        labels: How labels lie in them: log F ratios by direction, their mean, how the base model does without an
+            adapter, and sizes, shape (..., p + 6).
         modules: Log F ratios by module and basis direction, then mean activations, shape (..., modules, 2 f).
+        moments: What the support set's errors ask of each module: mean products of the error of an embedding, in the
+            principal directions, and the module's input, with a constant appended; root mean square 1,
+            shape (..., modules, p, r + 1).
     """
 
     set: Tensor
     labels: Tensor
     modules: Tensor
+    moments: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TaskFeatures":
+        """The features with a function applied to every part."""
+        return TaskFeatures(*(function(getattr(self, field.name)) for field in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.set)
+
+    def __getitem__(self, index: int | slice | Tensor) -> "TaskFeatures":
+        return self.map(lambda part: part[index])
 
     @classmethod
     def stack(cls, items: Sequence["TaskFeatures"]) -> "TaskFeatures":
         """Batch features along a new first axis."""
-        return cls(*(torch.stack([getattr(item, name) for item in items]) for name in ("set", "labels", "modules")))
+        return cls(*(torch.stack([getattr(item, field.name) for item in items]) for field in fields(cls)))
 
 
 def fit_reference(statistics: Sequence[TextStatistics], directions: int = 64) -> dict[str, Tensor]:
@@ -108,10 +134,38 @@ def log_f_ratio(x: Tensor, labels: Tensor, n_classes: int) -> Tensor:
     return torch.log((between + 1e-4 * within + 1e-8) / (within + 1e-8))
 
 
+def support_errors(embeddings: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each support text's embedding should go, and how the head does without going there.
+
+    The negative gradient of the leave-one-out cross-entropy with respect to the normalised embeddings, in closed form:
+    no backward pass. Where the head already separates the classes it vanishes (Ours: an optimizer's first step is made
+    of it, and a policy that imitates optimizers has to know it; leave-one-out, because the head fits its own examples).
+
+    Args:
+        embeddings: Shape (n, d).
+        labels: Class indices, shape (n,).
+        n_classes: Number of classes.
+
+    Returns:
+        Errors, shape (n, d), classes balanced; leave-one-out loss in nats and error rate, scalars.
+    """
+    x = normalize(embeddings.float(), dim=-1)
+    head, logits = leave_one_out(x, labels, n_classes)
+    wrong = one_hot(labels, n_classes).to(x.dtype) - logits.softmax(-1)
+    count = one_hot(labels, n_classes).sum(0).clamp(min=1)
+    errors = (wrong / count[labels, None]) @ head.weight
+    errors = errors - (errors * x).sum(-1, keepdim=True) * x  # the length of an embedding does not count
+    return errors, cross_entropy(logits, labels), (logits.argmax(-1) != labels).float().mean()
+
+
 def task_features(
     statistics: TextStatistics, labels: Tensor, n_classes: int, reference: Mapping[str, Tensor]
 ) -> TaskFeatures:
     """Features of one support set in the coordinates of `reference`.
+
+    The moments stand for the gradient of a module's update: with the mean over tokens in the place of each token and a
+    learned matrix of the policy in the place of the Jacobian from module to embedding, `matrix @ moments` is that
+    gradient (Known: 1609.01596, direct feedback alignment; as features of a policy, Ours).
 
     Args:
         statistics: Of the `n` support texts.
@@ -125,8 +179,13 @@ def task_features(
     ratios = log_f_ratio(x, labels, n_classes)
     sizes = torch.tensor([math.log(n_classes), math.log(len(labels) / n_classes)], dtype=x.dtype, device=x.device)
     module_ratios = log_f_ratio(modules.flatten(1), labels, n_classes).view(modules.shape[1:])
+    errors, loss, error_rate = support_errors(statistics.embeddings, labels, n_classes)
+    inputs = pad(modules[..., : statistics.inputs.shape[-1]], (0, 1), value=1.0)
+    moments = torch.einsum("np,nmr->mpr", errors @ reference["axes"], inputs) / len(x)
+    size = moments.square().mean().sqrt() + 1e-12
     return TaskFeatures(
         set=torch.cat([x.mean(0), (x.var(0, correction=0) + 1e-3).log()]),
-        labels=torch.cat([ratios, ratios.mean()[None], sizes]),
+        labels=torch.cat([ratios, torch.stack([ratios.mean(), loss, error_rate, size.log()]), sizes]),
         modules=torch.cat([module_ratios, modules.mean(0)], -1),
+        moments=moments / size,
     )

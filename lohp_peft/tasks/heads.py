@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 HEADS = ("ridge", "prototype")
+ABSENT = -1e4
+"""Score of a class without examples, before the temperature."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,67 @@ def solve_head(
     x = normalize(features, dim=-1)
     y = one_hot(labels, n_classes).to(x.dtype)
     count = y.sum(0)
-    present = count > 0
     if kind == "prototype":
         weight = (y / count.clamp(min=1)).T @ x
         weight, bias = 2 * weight, -weight.square().sum(-1)
-    else:
+        bias = torch.where(count > 0, bias, bias.new_full((), ABSENT))
+        return Head(weight / temperature, bias / temperature)
+    system = _RidgeSystem.of(x, y, ridge)
+    return system.head(torch.linalg.solve(system.gram, system.targets), temperature)
+
+
+def leave_one_out(
+    x: Tensor, labels: Tensor, n_classes: int, *, ridge: float = 3.0, temperature: float = 0.1
+) -> tuple[Head, Tensor]:
+    """The ridge head, and every example's class scores under the head solved without it, in closed form.
+
+    The residual of example i without it is `a_i / (G^-1)_ii`, with `a` the dual coefficients and `G` the regularised
+    Gram matrix (Known: Allen's PRESS statistic; centring and class weights are those of all examples).
+
+    Args:
+        x: L2-normalised embeddings, shape (n, d).
+        labels: Class indices, shape (n,).
+        n_classes: Number of classes.
+        ridge: See `solve_head`.
+        temperature: See `solve_head`.
+
+    Returns:
+        The head, and scores of shape (n, classes).
+    """
+    system = _RidgeSystem.of(x, one_hot(labels, n_classes).to(x.dtype), ridge)
+    inverse = torch.linalg.inv(system.gram)
+    dual = inverse @ system.targets
+    predicted = (system.targets - dual / inverse.diagonal()[:, None]) / system.root + system.target_mean
+    scores = torch.where(system.present, predicted, ABSENT)
+    return system.head(dual, temperature), scores / temperature
+
+
+@dataclass(frozen=True)
+class _RidgeSystem:
+    """Class-balanced, centred ridge regression on one-hot targets, in its dual form."""
+
+    gram: Tensor
+    targets: Tensor
+    centred: Tensor
+    root: Tensor
+    mean: Tensor
+    target_mean: Tensor
+    present: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, ridge: float) -> "_RidgeSystem":
+        count = y.sum(0)
+        present = count > 0
         row_weight = (y / count.clamp(min=1)).sum(-1) * len(x) / present.sum()
-        mean = (row_weight[:, None] * x).sum(0) / row_weight.sum()
         root = row_weight.sqrt()[:, None]
-        centred = (x - mean) * root
+        mean = (row_weight[:, None] * x).sum(0) / row_weight.sum()
         target_mean = (row_weight[:, None] * y).sum(0) / row_weight.sum()
-        targets = (y - target_mean) * root
+        centred, targets = (x - mean) * root, (y - target_mean) * root
         gram = centred @ centred.T + ridge * torch.eye(len(x), dtype=x.dtype, device=x.device)
-        weight = (centred.T @ torch.linalg.solve(gram, targets)).T
-        bias = target_mean - weight @ mean
-    bias = torch.where(present, bias, bias.new_full((), -1e4))
-    return Head(weight / temperature, bias / temperature)
+        return cls(gram, targets, centred, root, mean, target_mean, present)
+
+    def head(self, dual: Tensor, temperature: float) -> Head:
+        weight = (self.centred.T @ dual).T
+        bias = self.target_mean - weight @ self.mean
+        bias = torch.where(self.present, bias, bias.new_full((), ABSENT))
+        return Head(weight / temperature, bias / temperature)

@@ -1,5 +1,6 @@
 """Stage 1: record how offline optimizers solve tasks. Stage 2 never needs anything from here but the recordings."""
 
+from lohp_peft.weight_preparation.bases import first_gradients, gradient_space
 from lohp_peft.weight_preparation.config import WeightPreparationConfig
 from lohp_peft.weight_preparation.optimizers import OFFLINE_OPTIMIZERS, OfflineOptimizer, build_optimizer
 from lohp_peft.weight_preparation.plan import PreparationPlan, plan_preparation
@@ -15,6 +16,8 @@ __all__ = [
     "TrajectoryRecorder",
     "WeightPreparationConfig",
     "build_optimizer",
+    "first_gradients",
+    "gradient_space",
     "plan_preparation",
     "prepare_trajectories",
     "query_loss",

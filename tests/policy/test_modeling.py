@@ -22,8 +22,9 @@ def test_without_gates_and_free_moves_the_mean_walks_straight_to_the_start_adapt
     with torch.no_grad():
         policy.forward_network.out.weight.zero_()
         policy.forward_network.out.bias.zero_()
-        policy.forward_network.gates.weight.zero_()
-        policy.forward_network.gates.bias.zero_()
+        for gates in (policy.forward_network.gates, policy.forward_network.feedback_gates):
+            gates.weight.zero_()
+            gates.bias.zero_()
     goal = policy.forward_network.start * policy.scale
     mean = policy.forward_policy(state, STEPS, features)
     expected = state + (goal - state) / (3 - STEPS)[:, None, None]
@@ -59,9 +60,7 @@ def test_the_mean_reads_its_inputs(policy, features, state, changed):
     arguments["optimizer"] = torch.tensor([1, 1, 1])
     before = policy.forward_policy(**arguments) - arguments["state"]
     other = {
-        "features": features.__class__(
-            features.set.roll(1, 0), features.labels.roll(1, 0), features.modules.roll(1, 0)
-        ),
+        "features": features.map(lambda part: part.roll(1, 0)),
         "step": torch.tensor([1, 2, 0]),
         "state": state + 0.1 * policy.space.mask,
         "previous": state,
@@ -74,8 +73,9 @@ def test_the_mean_reads_its_inputs(policy, features, state, changed):
 
 def test_rows_do_not_read_each_other(policy, features, state):
     whole = policy.forward_policy(state, STEPS, features)
-    one = features.__class__(features.set[1:2], features.labels[1:2], features.modules[1:2])
-    torch.testing.assert_close(policy.forward_policy(state[1:2], STEPS[1:2], one)[0], whole[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        policy.forward_policy(state[1:2], STEPS[1:2], features[1:2])[0], whole[1], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_padding_stays_zero(tasks):
@@ -177,13 +177,29 @@ def test_bases_that_do_not_fit_are_refused(policy, tmp_path):
         LoHpPolicy.from_pretrained(tmp_path)
 
 
-def test_a_newer_schema_is_refused(policy, tmp_path):
+@pytest.mark.parametrize(("version", "advice"), [(3, "upgrade lohp_peft"), (1, "train the policy again")])
+def test_another_schema_is_refused(policy, tmp_path, version, advice):
     policy.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["schema_version"] == 1
-    (tmp_path / "config.json").write_text(json.dumps({**config, "schema_version": 2}))
-    with pytest.raises(ValueError, match=r"schema version 2, this lohp_peft reads up to 1: upgrade lohp_peft"):
+    assert config["schema_version"] == 2
+    (tmp_path / "config.json").write_text(json.dumps({**config, "schema_version": version}))
+    with pytest.raises(ValueError, match=rf"schema version {version}, this lohp_peft reads version 2: {advice}"):
         LoHpPolicy.from_pretrained(tmp_path)
+
+
+def test_moments_reach_the_mean_through_the_feedback_alone(policy, features, state):
+    """`gate * feedback @ moments @ inward`, in units of the scale, is all that moments do."""
+    without = TaskFeatures(features.set, features.labels, features.modules, torch.zeros_like(features.moments))
+    last = torch.full((3,), policy.config.policy_steps - 1)
+    difference = policy.forward_policy(state, last, features) - policy.forward_policy(state, last, without)
+    network, (_, flat) = policy.forward_network, policy._inputs(features)
+    gates = network.feedback_gates(network.trunk(flat, last, torch.zeros_like(last)))
+    for i, moments in enumerate(features.moments):
+        for m in range(len(moments)):
+            core = gates[i, m] * (network.feedback[m] @ moments[m] @ network.inward[m])
+            expected = core.flatten() * policy.scale[m]
+            torch.testing.assert_close(difference[i, m], expected, atol=1e-4, rtol=1e-3)
+    assert difference.abs().amax((1, 2)).min() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["nowhere/policy", "/nowhere"])

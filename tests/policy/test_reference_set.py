@@ -24,7 +24,8 @@ def test_the_nearest_task_is_where_the_texts_lie(reference):
         mine = reference.task_features(index)
         assert reference.nearest(mine) == index
         half = len(mine.set) // 2
-        scaled = TaskFeatures(torch.cat([2 * mine.set[:half], mine.set[half:] + 9]), mine.labels + 1, -mine.modules)
+        moved = torch.cat([2 * mine.set[:half], mine.set[half:] + 9])
+        scaled = TaskFeatures(moved, mine.labels + 1, -mine.modules, -mine.moments)
         assert reference.nearest(scaled) == index  # by direction of the mean alone
 
 
@@ -37,12 +38,11 @@ def test_the_wrong_task_is_seeded_and_of_another_family(reference):
 
 
 def test_there_must_be_another_family(reference):
-    parts = reference.features
     only = ReferenceSet(
         reference.names[:2],
         reference.families[:2],
         reference.states[:2],
-        TaskFeatures(parts.set[:2], parts.labels[:2], parts.modules[:2]),
+        reference.features[:2],
     )
     with pytest.raises(ValueError, match=r"a reference task outside \['spam'\]; there is none"):
         only.wrong_task("spam", "new", 0)
@@ -61,3 +61,6 @@ def test_round_trip(reference):
     assert again.states.equal(reference.states)
     for name in ("set", "labels", "modules"):
         assert getattr(again.features, name).equal(getattr(reference.features, name))
+    torch.testing.assert_close(
+        again.features.moments, reference.features.moments, atol=1e-3, rtol=1e-3
+    )  # kept in half

@@ -49,9 +49,8 @@ def test_noise_is_seeded_and_of_the_size_of_sigma(policy, features):
 
 def test_one_generator_a_row_makes_rows_independent_of_their_company(policy, features):
     both = rollout(policy, features, noise=1.0, generator=[generator(5) for _ in range(3)])
-    one = features.__class__(features.set[2:], features.labels[2:], features.modules[2:])
     torch.testing.assert_close(
-        rollout(policy, one, noise=1.0, generator=generator(5))[0], both[2], atol=1e-5, rtol=1e-4
+        rollout(policy, features[2:], noise=1.0, generator=generator(5))[0], both[2], atol=1e-5, rtol=1e-4
     )
 
 
@@ -60,7 +59,7 @@ def test_a_closed_loop_measures_at_every_state_but_the_first(policy, features):
 
     def measure(states, step):
         calls.append((states, step))
-        return features.__class__(features.set + step, features.labels - step, features.modules)
+        return features.map(lambda part: part + step)
 
     path = rollout(policy, features, measure=measure)
     assert [step for _, step in calls] == [1, 2]

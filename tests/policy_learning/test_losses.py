@@ -3,9 +3,16 @@ import copy
 import pytest
 import torch
 
-from lohp_peft.objectives import hybrid_loss
+from lohp_peft.objectives import BackwardReference, hybrid_loss
 from lohp_peft.policy import rollout
-from lohp_peft.policy_learning.losses import cloning_loss, repeat_features, segments, teacher_forced_means
+from lohp_peft.policy_learning.losses import (
+    cloning_loss,
+    divergence,
+    repeat_features,
+    segments,
+    step_sigmas,
+    teacher_forced_means,
+)
 from lohp_peft.policy_learning.recordings import fit_scales
 from lohp_peft.tasks import EpisodeSampler, TaskFeatures
 from tiny import build_policy
@@ -21,9 +28,9 @@ def policy(encoder, recordings):
 @pytest.fixture
 def features(policy):
     p, f = policy.config.principal_directions, policy.config.module_features
-    return TaskFeatures(
-        torch.randn(6, 2 * p), torch.randn(6, p + 3), torch.randn(6, policy.config.state_shape[0], 2 * f)
-    )
+    modules, r = policy.config.state_shape[0], policy.config.r
+    sizes = (2 * p,), (p + 6,), (modules, 2 * f), (modules, p, r + 1)
+    return TaskFeatures(*(torch.randn(6, *size) for size in sizes))
 
 
 def test_teacher_forcing_along_a_rollout_gives_the_rollout(policy, features):
@@ -107,3 +114,44 @@ def test_repeat(features):
     twice = repeat_features(features, 2)
     assert twice.labels[2].equal(features.labels[1])
     assert twice.labels[3].equal(features.labels[1])
+
+
+def test_a_backward_policy_takes_the_place_of_the_clone(policy, features, recordings):
+    backward = BackwardReference.fit(recordings.states)
+    found = segments(policy, backward, recordings.states, recordings.losses, features, None, 0.1)
+    means, sigma = teacher_forced_means(policy, recordings.states, features, None), step_sigmas(policy, 3)
+    forward = torch.distributions.Normal(means.double(), sigma.expand_as(means[0]).double())
+    expected = forward.log_prob(recordings.states[:, 1:].double()).sum((-1, -2))
+    torch.testing.assert_close(found.log_pf.double(), expected, atol=1e-2, rtol=1e-3)
+    for k in range(3):
+        steps = torch.full((6,), k)
+        assert found.log_ref[:, k].equal(
+            backward.log_prob(recordings.states[:, k], recordings.states[:, k + 1], steps)
+        )
+    _, diagnostics = hybrid_loss({"recorded": found}, {"recorded": 1.0})
+    assert diagnostics["recorded/residual"].isfinite()
+
+
+def test_divergence_is_that_of_gaussians(policy, features):
+    clone = copy.deepcopy(policy)
+    assert divergence(policy, clone, features) == 0
+    with torch.no_grad():
+        policy.forward_network.start.add_(0.1)
+    states = rollout(policy, features)
+    sides = []
+    for model in (policy, clone):
+        means = teacher_forced_means(model, states, features, None)
+        sides.append(torch.distributions.Normal(means, step_sigmas(policy, 3).expand_as(means)))
+    expected = torch.distributions.kl_divergence(*sides).sum((1, 2, 3)).mean()
+    assert divergence(policy, clone, features) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_policy_for_a_backward_reference_does_not_read_its_previous_move(policy, features, recordings):
+    states, step = recordings.states[:, 1], torch.ones(6, dtype=torch.long)
+    assert not policy.forward_policy(states, step, features, states - 1).equal(
+        policy.forward_policy(states, step, features)
+    )
+    policy.config.reads_previous = False
+    assert policy.forward_policy(states, step, features, states - 1).equal(
+        policy.forward_policy(states, step, features)
+    )

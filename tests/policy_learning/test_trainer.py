@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from lohp_peft.policy import rollout
+from lohp_peft.policy_learning import on_policy as on_policy_module
 from lohp_peft.policy_learning import trainer as trainer_module
+from lohp_peft.policy_learning.losses import log_probabilities
 from lohp_peft.policy_learning.recordings import Recordings, fit_scales
 from policy_learning.conftest import assert_same_weights, build_trajectory, finite
 from tiny import build_policy
@@ -23,9 +25,13 @@ def run(trainer, folder=None):
     return found
 
 
+@pytest.mark.parametrize("settings", [{"refresh_kl": 0.0, "learning_rate": 0.01}, {"reference": "backward"}], ids=str)
 @pytest.mark.parametrize("killed_at", [2, 3, 6], ids=lambda step: f"step{step}")
-def test_a_run_that_was_killed_continues_bit_for_bit(build_trainer, tmp_path, killed_at):
-    whole = build_trainer(validate=True)
+def test_a_run_that_was_killed_continues_bit_for_bit(build_trainer, tmp_path, killed_at, settings):
+    def build(**kwargs):
+        return build_trainer(validate=True, **settings, **kwargs)
+
+    whole = build()
     expected = run(whole, tmp_path / "whole")
 
     def kill(step, _scalars):
@@ -33,15 +39,15 @@ def test_a_run_that_was_killed_continues_bit_for_bit(build_trainer, tmp_path, ki
             raise Killed
 
     with pytest.raises(Killed):
-        build_trainer(log=kill, validate=True).train(tmp_path / "killed")
-    resumed = build_trainer(validate=True)
+        build(log=kill).train(tmp_path / "killed")
+    resumed = build()
     found = run(resumed, tmp_path / "killed")
     assert list(found) == list(range(killed_at, 9))
     assert all(found[step] == expected[step] for step in found)
     assert (resumed.best, resumed.temperature) == (whole.best, whole.temperature)
     assert_same_weights(resumed.policy.state_dict(), whole.policy.state_dict())
     assert_same_weights(resumed.buffer.state_dict(), whole.buffer.state_dict())
-    again = build_trainer(validate=True)
+    again = build()
     assert not run(again, tmp_path / "killed")  # it was over
     assert_same_weights(again.policy.state_dict(), whole.policy.state_dict())
 
@@ -73,6 +79,7 @@ def test_a_checkpoint_with_other_settings_is_refused(build_trainer, tmp_path):
         ({"preset": "lohp+path", "subtb_weight": 0.0}, {"path", "path_grad_norm"}, {"subtb"}),
         ({"preset": "lohp+path", "path_prefix_weight": 0.5, "head": "prototype"}, {"path"}, set()),
         ({"preset": "lohp", "cloning_steps": 0}, {"subtb"}, set()),
+        ({"preset": "lohp", "reference": "backward"}, {"subtb", "spliced/loss"}, {"divergence"}),
     ],
     ids=str,
 )
@@ -151,7 +158,7 @@ def test_the_pathwise_loss_falls(build_trainer, monkeypatch):
 def test_the_best_validated_weights_are_kept(build_trainer, monkeypatch):
     trainer = build_trainer(validate=True)
     kept, validate = {}, trainer.validate
-    worse = iter((0.0, 1.0, 2.0, 3.0))
+    worse = iter((0.0, 1.0, 2.0, 3.0, 4.0))  # the second is the clone's, at the start of the hybrid phase
 
     def watch():
         scalars = validate()
@@ -212,12 +219,12 @@ def test_the_temperature_is_bounded_by_the_range_of_the_reward(build_trainer, re
     trainer = build_trainer(preset="lohp", mode="off_policy", kl_target=1e6)
     run(trainer)
     decrease = 1 - recordings.losses[:, -1].mean()
-    assert trainer.temperature == pytest.approx(float(decrease / trainer_module.MAX_REWARD_RANGE))
+    assert trainer.temperature == pytest.approx(float(decrease / on_policy_module.MAX_REWARD_RANGE))
 
 
 def test_rollouts_are_scored_against_no_adapter_and_splices_keep_their_prefix(build_trainer, recordings):
     trainer = build_trainer(preset="lohp", cloning_steps=0)
-    found = trainer._fresh_rollouts()
+    found = trainer.on_policy.fresh(torch.Generator().manual_seed(0), splice=True)
     on_policy, spliced = found[:2], found[2:]
     assert [item.prefix for item in on_policy] == [0, 0]
     assert len({item.prefix for item in spliced}) == 1
@@ -230,7 +237,6 @@ def test_rollouts_are_scored_against_no_adapter_and_splices_keep_their_prefix(bu
     for item in found:
         assert float(item.losses[0]) == pytest.approx(1, abs=1e-4)
         assert 0 < item.losses.max() <= 2
-    assert trainer.policy.training
 
 
 def test_effective_sample_sizes_are_by_task(build_trainer, monkeypatch):
@@ -254,3 +260,54 @@ def test_one_policy_step_is_enough_for_every_term(encoder, bank, trajectories, b
     fit_scales(policy, recordings)
     trainer = type(trainer)(policy, bank, recordings, trainer.sampler, trainer.config, accelerator=trainer.accelerator)
     assert all(map(finite, run(trainer).values()))
+
+
+def test_the_clone_is_taken_anew_when_the_policy_is_better_and_far(build_trainer, monkeypatch):
+    trainer = build_trainer(preset="lohp", validate=True)
+    run(trainer)
+    old = trainer.reference
+    with torch.no_grad():
+        trainer.policy.forward_network.start.add_(1.0)
+        trainer.policy.log_flow_network.out.bias.fill_(1.0)
+    better, worse = trainer.reference_loss - 0.1, trainer.reference_loss + 0.1
+    assert set(trainer._refresh_reference(worse)) == {"divergence"}
+    assert trainer.reference is old
+    found = trainer._refresh_reference(better)
+    assert found["refreshed"] == 1.0
+    assert found["divergence"] > 5
+    assert found["temperature"] == trainer.temperature
+    assert trainer.reference is not old
+    assert trainer.reference_loss == better
+    assert_same_weights(trainer.reference.forward_network.state_dict(), trainer.policy.forward_network.state_dict())
+    assert not trainer.policy.log_flow_network.out.bias.any()  # the residual flow starts again
+    assert trainer._refresh_reference(better - 1) == {"divergence": 0.0}  # better, but the clone is the policy
+    never = build_trainer(preset="lohp", validate=True, refresh_kl=math.inf)
+    run(never)
+    with torch.no_grad():
+        never.policy.forward_network.start.add_(1.0)
+    assert "refreshed" not in never._refresh_reference(-1.0)
+
+
+def test_the_temperature_of_a_backward_policy_balances_the_recordings(build_trainer, recordings, monkeypatch, caplog):
+    """The mean decrease of the loss, in nats, is the mean cost of the recorded paths."""
+    trainer = build_trainer(preset="lohp", reference="backward", cloning_steps=0)
+    trainer._start_hybrid_phase()
+    assert "less likely than the fitted backward policy" in caplog.text  # of a policy that was not cloned
+    assert trainer.temperature > 0
+    decrease = float((recordings.losses[:, 0] - recordings.losses[:, -1]).mean())
+    monkeypatch.setattr(on_policy_module, "_path_costs", lambda *args: torch.tensor([4.0, 12.0]))
+    assert trainer._calibrated_temperature() == pytest.approx(decrease / 8)
+    monkeypatch.setattr(on_policy_module, "_path_costs", lambda *args: torch.tensor([1e9]))
+    assert trainer._calibrated_temperature() == pytest.approx(decrease / on_policy_module.MAX_REWARD_RANGE)
+
+
+def test_path_costs_are_log_ratios_of_the_recorded_runs(build_trainer, recordings):
+    trainer = build_trainer(preset="lohp", reference="backward", cloning_steps=0)
+    trainer._start_hybrid_phase()
+    costs = on_policy_module._path_costs(trainer.on_policy, trainer.reference, torch.Generator().manual_seed(0))
+    assert costs.shape == (6,)
+    generator = torch.Generator().manual_seed(0)
+    episode = trainer.sampler.whole_task_episode(recordings.tasks[0], generator)
+    run = recordings.states[:1], trainer._features([episode]), recordings.optimizers[:1]
+    log_pf, log_ref = log_probabilities(trainer.policy, trainer.reference, *run)
+    assert float(costs[0]) == pytest.approx(float((log_pf - log_ref).sum()), rel=1e-4)

@@ -4,9 +4,15 @@ import pytest
 import torch
 
 from lohp_peft.tasks import TaskFeatures, TextStatistics, fit_reference, task_features
-from lohp_peft.tasks.features import log_f_ratio
+from lohp_peft.tasks.features import log_f_ratio, support_errors
+from lohp_peft.tasks.heads import leave_one_out
 
 LABELS = torch.arange(24) % 3
+PARTS = ("set", "labels", "modules", "moments")
+
+
+def statistics_of(embeddings, modules):
+    return TextStatistics(embeddings, *modules.chunk(2, -1))
 
 
 @pytest.fixture
@@ -15,21 +21,22 @@ def statistics():
     centres = torch.randn(3, 10)
     shifts = torch.randn(3, 2, 4)
     noise = torch.randn(24, 10), torch.randn(24, 2, 4)
-    return TextStatistics(centres[LABELS] + 0.5 * noise[0], shifts[LABELS] + 0.5 * noise[1])
+    return statistics_of(centres[LABELS] + 0.5 * noise[0], shifts[LABELS] + 0.5 * noise[1])
 
 
 @pytest.fixture
 def reference(statistics):
-    others = TextStatistics(torch.randn(40, 10), torch.randn(40, 2, 4))
+    others = statistics_of(torch.randn(40, 10), torch.randn(40, 2, 4))
     return fit_reference([statistics, others], directions=6)
 
 
 def test_shapes(statistics, reference):
     found = task_features(statistics, LABELS, 3, reference)
-    assert (found.set.shape, found.labels.shape, found.modules.shape) == ((12,), (9,), (2, 8))
+    assert (found.set.shape, found.labels.shape, found.modules.shape) == ((12,), (12,), (2, 8))
+    assert found.moments.shape == (2, 6, 3)
     batch = TaskFeatures.stack([found, found])
     assert batch.modules.shape == (2, 2, 8)
-    assert all(getattr(found, name).isfinite().all() for name in ("set", "labels", "modules"))
+    assert all(getattr(found, name).isfinite().all() for name in PARTS)
 
 
 def test_neither_order_nor_names_matter_but_labels_do(statistics, reference):
@@ -38,7 +45,7 @@ def test_neither_order_nor_names_matter_but_labels_do(statistics, reference):
     moved = task_features(statistics[order], LABELS[order], 3, reference)
     renamed = task_features(statistics, torch.tensor([2, 0, 1])[LABELS], 3, reference)
     for other in (moved, renamed):
-        for name in ("set", "labels", "modules"):
+        for name in PARTS:
             torch.testing.assert_close(getattr(other, name), getattr(found, name), atol=2e-5, rtol=1e-4)
     shuffled = task_features(statistics, LABELS[order], 3, reference)
     torch.testing.assert_close(shuffled.set, found.set)  # the same texts
@@ -66,7 +73,7 @@ def test_log_f_ratio_is_about_zero_under_random_labels():
 
 def test_one_example_a_class_is_finite(statistics, reference):
     found = task_features(statistics[torch.arange(3)], torch.arange(3), 3, reference)
-    assert all(getattr(found, name).isfinite().all() for name in ("set", "labels", "modules"))
+    assert all(getattr(found, name).isfinite().all() for name in PARTS)
     assert found.labels[-2:].tolist() == pytest.approx([math.log(3), 0])
 
 
@@ -74,9 +81,9 @@ def test_the_reference_is_an_orthonormal_frame(statistics, reference):
     torch.testing.assert_close(reference["axes"].T @ reference["axes"], torch.eye(6), atol=1e-5, rtol=0)
     assert (reference["axes_std"].diff() <= 1e-6).all()
     assert fit_reference([statistics], 99)["axes"].shape == (10, 10)
-    same = TextStatistics(torch.ones(30, 10), torch.ones(30, 2, 4))
+    same = statistics_of(torch.ones(30, 10), torch.ones(30, 2, 4))
     flat = task_features(same, torch.arange(30) % 2, 2, fit_reference([same], 4))
-    assert flat.set.isfinite().all()
+    assert all(getattr(flat, name).isfinite().all() for name in PARTS)
     with pytest.raises(ValueError, match="6 principal directions need at least as many texts, got 4"):
         fit_reference([statistics[torch.arange(4)]], 6)
 
@@ -85,3 +92,37 @@ def test_statistics_are_joined(statistics):
     joined = TextStatistics.concatenate([statistics[torch.arange(3)], statistics[torch.arange(3, 24)]])
     assert joined.embeddings.equal(statistics.embeddings)
     assert len(joined) == 24
+
+
+def test_errors_are_the_gradient_of_the_leave_one_out_loss():
+    """With the weights of the head held fixed, class-balanced, and normalised embeddings."""
+    embeddings, labels = torch.randn(12, 5), torch.tensor([0] * 6 + [1] * 2 + [2] * 4)
+    errors, loss, error_rate = support_errors(embeddings, labels, 3)
+    x = torch.nn.functional.normalize(embeddings, dim=-1)
+    head, logits = leave_one_out(x, labels, 3)
+    count = labels.bincount()[labels]
+    for i in range(12):
+        row = embeddings[i].clone().requires_grad_(True)
+        moved = logits[i] + (torch.nn.functional.normalize(row, dim=0) - x[i]) @ head.weight.T
+        (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(moved, labels[i]), row)
+        torch.testing.assert_close(errors[i], -gradient * embeddings[i].norm() / count[i], atol=1e-5, rtol=1e-4)
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)))
+    assert error_rate == pytest.approx(float((logits.argmax(-1) != labels).float().mean()))
+
+
+def test_errors_vanish_where_the_classes_are_apart():
+    labels = torch.arange(64) % 2
+    apart = torch.randn(2, 8)[labels] + 0.01 * torch.randn(64, 8)
+    near = 0.1 * torch.randn(2, 8)[labels] + torch.randn(64, 8)
+    assert support_errors(apart, labels, 2)[0].norm() < 0.05 * support_errors(near, labels, 2)[0].norm()
+
+
+def test_moments_are_mean_products_of_error_and_input(statistics, reference):
+    found = task_features(statistics, LABELS, 3, reference)
+    errors = support_errors(statistics.embeddings, LABELS, 3)[0] @ reference["axes"]
+    modules = (statistics.modules - reference["module_mean"]) / reference["module_std"]
+    inputs = torch.cat([modules[..., :2], torch.ones(24, 2, 1)], -1)
+    expected = torch.stack([sum(errors[n][:, None] * inputs[n, m] for n in range(24)) / 24 for m in range(2)])
+    size = expected.square().mean().sqrt()
+    torch.testing.assert_close(found.moments, expected / size, atol=1e-4, rtol=1e-3)
+    assert found.labels[9] == pytest.approx(float(size.log()), abs=1e-3)

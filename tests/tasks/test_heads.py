@@ -3,6 +3,7 @@ import torch
 from torch.nn.functional import normalize, one_hot
 
 from lohp_peft.tasks import solve_head
+from lohp_peft.tasks.heads import leave_one_out
 
 
 @pytest.fixture
@@ -75,3 +76,20 @@ def test_one_example_a_class(kind):
 def test_unknown_kind(data):
     with pytest.raises(ValueError, match=r"must be one of \['ridge', 'prototype'\], got 'svm'"):
         solve_head(*data, 3, "svm")
+
+
+def test_leave_one_out_equals_leaving_one_out(data):
+    features, labels = data
+    x, y = normalize(features, dim=-1), one_hot(labels, 3).double()
+    head, scores = leave_one_out(x, labels, 3, ridge=0.7, temperature=0.1)
+    solved = solve_head(features, labels, 3, "ridge", ridge=0.7, temperature=0.1)
+    torch.testing.assert_close(head.weight, solved.weight)
+    torch.testing.assert_close(head.bias, solved.bias)
+    weight = (15 / 3) / y.sum(0)[labels]  # with the means and class weights of all examples
+    mean, target_mean = ((weight[:, None] * z).sum(0) / weight.sum() for z in (x, y))
+    for i in range(15):
+        kept = torch.arange(15) != i
+        design, targets = (x - mean)[kept], (y - target_mean)[kept]
+        normal = design.T @ (weight[kept, None] * design) + 0.7 * torch.eye(6, dtype=x.dtype)
+        solution = torch.linalg.solve(normal, design.T @ (weight[kept, None] * targets))
+        torch.testing.assert_close(scores[i] * 0.1, (x[i] - mean) @ solution + target_mean)
