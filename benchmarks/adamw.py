@@ -1,6 +1,6 @@
-"""Choose AdamW's learning rate and step count on validation tasks: `python benchmarks/adamw.py POLICY WORK_FOLDER`.
+"""Choose AdamW's learning rate and step count on validation tasks: `python benchmarks/adamw.py POLICY WORK_FOLDER [THREADS]`.
 
-One seeded support set per task; every learning rate is trained once and scored at every step count. Resumable: a task
+Of the policy only the target modules, the rank and the head matter. One seeded support set per task; every learning rate is trained once and scored at every step count. Resumable: a task
 that has a file in the work folder is not run again. Writes `benchmarks/results/adamw.json`.
 """
 
@@ -17,8 +17,8 @@ from text_suite import load_tasks, minilm
 from lohp_peft import AdamWBaseline, LoHpPolicy
 from lohp_peft.tasks import draw
 
-TASKS = "amazon_music ss_youtube".split()
-RATES, STEPS, SHOTS, MAX_TEST = (1e-3, 3e-3), (5, 10, 20, 40), 16, 200
+TASKS = "amazon_music ss_youtube fewrel_nyt biomedical20 hint3_curekart tweet_offensive".split()
+RATES, STEPS, SHOTS, MAX_TEST = (1e-3, 2e-3), (10, 20, 40, 80, 120), 16, 200
 
 
 def run_task(task, policy, model, tokenizer) -> dict[str, float]:
@@ -38,6 +38,8 @@ def run_task(task, policy, model, tokenizer) -> dict[str, float]:
 def main() -> None:
     """Run what is missing, write the results, print the grid."""
     policy, work = LoHpPolicy.from_pretrained(sys.argv[1]), Path(sys.argv[2])
+    if len(sys.argv) > 3:
+        torch.set_num_threads(int(sys.argv[3]))
     work.mkdir(parents=True, exist_ok=True)
     model, tokenizer = minilm()
     for task in load_tasks(TASKS):
