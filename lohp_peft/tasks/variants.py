@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lohp_peft.tasks.task import Examples, Task
+from lohp_peft.tasks.task import Examples, Task, draw
 
 
 @dataclass(frozen=True)
@@ -142,20 +142,31 @@ class EpisodeSampler:
 def contrast_groups(tasks: Sequence[Task], max_classes: int = 3) -> list[list[str]]:
     """Names of tasks that share their label names, in one order, in groups of two or more.
 
-    Pooled, their texts can be labelled by class or by task: two conflicting tasks out of the same texts.
+    Pooled, their texts can be labelled by class or by task: two conflicting tasks out of the same texts. A task that
+    shares half of its texts with those already in its group, such as a pool of them, stays out.
     """
-    groups: dict[tuple[str, ...], list[str]] = {}
+    groups: dict[tuple[str, ...], tuple[list[str], set[str]]] = {}
     for task in tasks:
-        names = task.examples.label_names
+        names, texts = task.examples.label_names, set(task.examples.texts)
         if len(names) <= max_classes and task.examples.texts_b is None:
-            groups.setdefault(names, []).append(task.name)
-    return [group for group in groups.values() if len(group) > 1]
+            group, pooled = groups.setdefault(names, ([], set()))
+            if 2 * len(texts & pooled) < len(texts):
+                group.append(task.name)
+                pooled |= texts
+    return [group for group, _ in groups.values() if len(group) > 1]
 
 
 def contrast_task(
     tasks: Sequence[Task], by_task: bool, name: str, split: str = "train", rows_per_task: int = 200
 ) -> Task:
     """The pooled rows of several tasks with one label set, labelled by class or by task, as a task of its own.
+
+    Args:
+        tasks: Tasks with one label set.
+        by_task: Label rows by the task they come from; else by class.
+        name: Name of the new task.
+        split: Split the rows come from.
+        rows_per_task: Most rows of each task, the same number of every class, drawn at random but always the same.
 
     Raises:
         ValueError: When the tasks do not share their label names, naming both sides.
@@ -167,9 +178,9 @@ def contrast_task(
     texts: list[str] = []
     labels: list[int] = []
     for i, task in enumerate(tasks):
-        rows = task.split(split)
-        texts += rows.texts[:rows_per_task]
-        labels += [i] * min(len(rows), rows_per_task) if by_task else list(rows.labels[:rows_per_task])
+        rows = draw(task.split(split), max(1, rows_per_task // len(names)), seed=0)
+        texts += rows.texts
+        labels += [i] * len(rows) if by_task else list(rows.labels)
     label_names = tuple(task.name for task in tasks) if by_task else names
     family = "domain" if by_task else tasks[0].family
     licence = "; ".join(sorted({task.licence for task in tasks}))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lohp_peft.tasks import EpisodeSampler, contrast_groups, contrast_task
+from lohp_peft.tasks import EpisodeSampler, Task, contrast_groups, contrast_task
 from tiny import build_task
 
 LABELS = {"a": torch.arange(40) % 2, "b": torch.arange(60) % 2, "many": torch.arange(120) % 8}
@@ -103,13 +103,32 @@ def test_contrast_groups_share_label_names():
     assert contrast_groups([*tasks, swapped]) == [["a", "b"]]  # its class 0 is the others' class 1
 
 
+def test_a_pool_is_not_pooled_with_its_sources():
+    tasks = [build_task("a"), build_task("b", seed=1)]
+    pools = [contrast_task(tasks, by, f"pool {by}") for by in (False, True)]
+    assert contrast_groups([*tasks, *pools]) == [["a", "b"]]
+
+
+def test_a_file_sorted_by_label_gives_all_classes():
+    task, other = build_task("a", rows=60), build_task("b", seed=1, rows=60)
+    order = sorted(range(60), key=lambda i: task.examples.labels[i])
+    ordered = Task("sorted", task.examples.select(order), task.splits, task.family)
+    pooled = contrast_task([ordered, other], False, "pool", rows_per_task=10)
+    assert pooled.examples.targets.bincount().tolist() == [10, 10]
+
+
 def test_contrast_tasks_pool_the_same_texts():
     tasks = [build_task("a", family="x"), build_task("b", seed=1, family="x")]
     by_class, by_task = (contrast_task(tasks, by, "pool", rows_per_task=10) for by in (False, True))
     assert by_class.examples.texts == by_task.examples.texts
     assert len(by_class.examples) == 20
     assert by_class.examples.label_names == ("class 0", "class 1")
-    assert by_class.examples.labels == tasks[0].examples.labels[:10] + tasks[1].examples.labels[:10]
+    for i, task in enumerate(tasks):
+        kept = {text: label for text, label in zip(task.examples.texts, task.examples.labels, strict=True)}
+        for text, label in zip(
+            by_class.examples.texts[10 * i :][:10], by_class.examples.labels[10 * i :], strict=False
+        ):
+            assert kept[text] == label
     assert by_task.examples.label_names == ("a", "b")
     assert by_task.examples.labels == (0,) * 10 + (1,) * 10
     assert (by_class.family, by_task.family) == ("x", "domain")
