@@ -1,6 +1,6 @@
 """Choose AdamW's learning rate and step count on validation tasks: `python benchmarks/adamw.py POLICY WORK_FOLDER [THREADS]`.
 
-Of the policy only the target modules, the rank and the head matter. One seeded support set per task; every learning rate is trained once and scored at every step count. Resumable: a task
+Of the policy only the target modules, the rank and the head matter; it trains in bfloat16. One seeded support set per task; every learning rate is trained once and scored at every step count. Resumable: a task
 that has a file in the work folder is not run again. Writes `benchmarks/results/adamw.json`.
 """
 
@@ -27,7 +27,7 @@ def run_task(task, policy, model, tokenizer) -> dict[str, float]:
     test = draw(test, max(1, MAX_TEST // test.n_classes), 0)
     found = {}
     for rate in RATES:
-        baseline = AdamWBaseline(model, tokenizer, policy, learning_rate=rate, steps=STEPS[-1])
+        baseline = AdamWBaseline(model, tokenizer, policy, learning_rate=rate, steps=STEPS[-1], dtype=torch.bfloat16)
         for steps, (encoder, head) in zip(STEPS, baseline.fit(support, 0, STEPS[:-1]), strict=True):
             with torch.no_grad():
                 features = encoder.embed(encoder.prepare(test.texts, test.texts_b))

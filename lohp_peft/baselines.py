@@ -24,6 +24,7 @@ class AdamWBaseline:
         learning_rate: AdamW's learning rate of the adapter.
         steps: Optimizer steps.
         batch_size: Examples in a step.
+        dtype: Autocast type of the forward passes, or `None` for the model's own.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class AdamWBaseline:
         learning_rate: float = 1e-3,
         steps: int = 20,
         batch_size: int = 32,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if steps < 1 or batch_size < 1:
             raise ValueError(f"AdamW needs at least 1 step of at least 1 example, got {steps} steps of {batch_size}.")
         self.base_model, self.tokenizer, self.policy = base_model, tokenizer, policy
-        self.learning_rate, self.steps, self.batch_size = learning_rate, steps, batch_size
+        self.learning_rate, self.steps, self.batch_size, self.dtype = learning_rate, steps, batch_size, dtype
 
     def fit(self, support: Examples, seed: int, checkpoints: tuple[int, ...] = ()) -> list[tuple[TextEncoder, Head]]:
         """Train on a support set; returns the adapted encoder and its head.
@@ -49,8 +51,8 @@ class AdamWBaseline:
             seed: Seed of LoRA's start and of the batches.
             checkpoints: Further optimizer steps, ascending and below `steps`, at which to return a copy as well.
         """
-        config, space = self.policy.config, self.policy.space
-        names = [spec.name for spec in space.layout.modules]
+        config = self.policy.config
+        names = [spec.name for spec in self.policy.layout.modules]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             adapted = get_peft_model(
@@ -59,9 +61,7 @@ class AdamWBaseline:
         if hasattr(adapted.get_base_model(), "set_attn_implementation"):
             # Fused attention goes backwards slowly on a CPU (measured: 3 times); the baseline gets the faster one.
             adapted.get_base_model().set_attn_implementation("eager")
-        encoder = TextEncoder(
-            adapted.get_base_model(), self.tokenizer, space, pooling=config.pooling, max_length=config.max_text_length
-        )
+        encoder = self._encoder(adapted.get_base_model())
         encoded = encoder.prepare(support.texts, support.texts_b)
         targets, found = support.targets, []
         with torch.no_grad():
@@ -87,18 +87,13 @@ class AdamWBaseline:
                 with torch.no_grad():
                     found.append((encoder, self._solve(encoder.embed(encoded), targets, support.n_classes)))
                 if step < self.steps:
-                    found[-1] = (self._frozen_copy(encoder), found[-1][1])
+                    found[-1] = (self._encoder(copy.deepcopy(encoder.base_model)), found[-1][1])
         return found
 
     def _solve(self, embeddings: Tensor, targets: Tensor, n_classes: int) -> Head:
         return solve_head(embeddings, targets, n_classes, self.policy.config.head, ridge=self.policy.config.ridge)
 
-    def _frozen_copy(self, encoder: TextEncoder) -> TextEncoder:
+    def _encoder(self, model: nn.Module) -> TextEncoder:
         config = self.policy.config
-        return TextEncoder(
-            copy.deepcopy(encoder.base_model),
-            self.tokenizer,
-            encoder.space,
-            pooling=config.pooling,
-            max_length=config.max_text_length,
-        )
+        lengths = {"pooling": config.pooling, "max_length": config.max_text_length}
+        return TextEncoder(model, self.tokenizer, self.policy.space, **lengths, dtype=self.dtype)

@@ -42,8 +42,11 @@ class EvaluationConfig:
     methods: tuple[str, ...] = field(default=METHODS, metadata={"help": "methods to run"})
     adamw_steps: int = field(default=40, metadata={"help": "optimizer steps of AdamW; chosen on validation tasks"})
     adamw_learning_rate: float = field(default=1e-3, metadata={"help": "of AdamW; chosen on validation tasks"})
+    adamw_mixed_precision: str = field(default="no", metadata={"help": "of AdamW's forward passes, no or bf16"})
 
     def __post_init__(self) -> None:
+        if self.adamw_mixed_precision not in ("no", "bf16"):
+            raise ValueError(f"`adamw_mixed_precision` must be no or bf16, got {self.adamw_mixed_precision!r}.")
         unknown = sorted(set(self.methods) - set(METHODS))
         if unknown or self.shots < 2 or self.draws < 1:
             raise ValueError(
@@ -141,6 +144,7 @@ class _TaskEvaluation:
                     self.policy,
                     learning_rate=self.config.adamw_learning_rate,
                     steps=self.config.adamw_steps,
+                    dtype=torch.bfloat16 if self.config.adamw_mixed_precision == "bf16" else None,
                 )
                 ((adapted, head),) = baseline.fit(support, seed)
                 seconds, extra = time.perf_counter() - start, {"optimizer_steps": self.config.adamw_steps}

@@ -1,0 +1,102 @@
+"""What a LOHP configuration does at injection, and what it must not do when an adapter is only loaded."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+import tiny_world as tiny
+from lohp_peft import LoHpConfig
+from lohp_peft.config import generation_record
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a base model, its tokenizer, a policy and a support file."""
+    folder = tmp_path_factory.mktemp("world")
+    base = tiny.build_bert()
+    base.save_pretrained(folder / "base")
+    tiny.build_tokenizer().save_pretrained(folder / "base")
+    tiny.build_policy(base).save_pretrained(folder / "policy")
+    (folder / "support.jsonl").write_text("\n".join(map(json.dumps, tiny.build_rows())))
+    return folder
+
+
+@pytest.fixture
+def base(world):
+    return load_base(world)
+
+
+def load_base(world):
+    return type(tiny.build_bert()).from_pretrained(world / "base").eval()
+
+
+def configuration(world, **fields):
+    return LoHpConfig(**{"policy": str(world / "policy"), "support": str(world / "support.jsonl"), **fields})
+
+
+def matrices(model, adapter_name="default"):
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.scaling]
+    return [side[adapter_name].weight for layer in layers for side in (layer.lora_A, layer.lora_B)]
+
+
+def names(model):
+    return [name for name, _ in model.named_modules()]
+
+
+def test_a_support_set_that_does_not_do_leaves_the_model_alone(world, base, tmp_path):
+    (tmp_path / "one_class.jsonl").write_text('{"text": "word1", "label": "x"}\n')
+    before = names(base)
+    with pytest.raises(ValueError, match="at least two classes"):
+        get_peft_model(base, configuration(world, support=str(tmp_path / "one_class.jsonl")))
+    assert names(base) == before
+
+
+def test_a_missing_tokenizer_leaves_the_model_alone(world):
+    base = tiny.build_bert()
+    before = names(base)
+    with pytest.raises(ValueError, match="pass `tokenizer`"):
+        get_peft_model(base, configuration(world))
+    assert names(base) == before
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_loading_never_asks_for_the_policy(is_trainable, world, base, tmp_path, monkeypatch):
+    saved = get_peft_model(base, configuration(world, init_weights=False))
+    saved.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LOHP"
+
+    def refuse(name):
+        raise RuntimeError(f"the policy {name} was asked for")
+
+    monkeypatch.setattr("lohp_peft.hub.find_policy", refuse)
+    loaded = PeftModel.from_pretrained(load_base(world), tmp_path, is_trainable=is_trainable)
+    loaded.load_adapter(tmp_path, "second", is_trainable=is_trainable)
+    direct = load_base(world)
+    direct.load_adapter(str(tmp_path), is_trainable=is_trainable)
+    lean = PeftModel.from_pretrained(load_base(world), tmp_path, is_trainable=is_trainable, low_cpu_mem_usage=True)
+    for found in (matrices(loaded), matrices(loaded, "second"), matrices(direct), matrices(lean)):
+        assert all(torch.equal(a, b) for a, b in zip(found, matrices(saved), strict=True))
+
+
+@pytest.mark.parametrize("reader", [LoHpConfig, PeftConfig])
+def test_a_configuration_saved_without_weights_follows_its_policy(reader, world, base, tmp_path):
+    configuration(world).save_pretrained(tmp_path)
+    model = get_peft_model(base, reader.from_pretrained(tmp_path))
+    assert model.peft_config["default"].r == 2
+    assert generation_record(model.peft_config["default"]) is not None
+
+
+def test_without_memory_nothing_is_generated_yet(world, base):
+    with pytest.warns(UserWarning, match="not generated"):
+        model = get_peft_model(base, configuration(world), low_cpu_mem_usage=True)
+    assert all(matrix.is_meta for matrix in matrices(model))
+    model.generate_adapter(tiny.build_rows(), tokenizer=tiny.build_tokenizer())
+    assert not any(matrix.is_meta for matrix in matrices(model))
+
+
+def test_a_configuration_holds_names_only():
+    with pytest.raises(TypeError, match="must be strings: {'policy': 'object'}"):
+        LoHpConfig(policy=object())
