@@ -1,6 +1,8 @@
-"""Stage 2 of the shipped policy: `python benchmarks/shipped_policy/train.py TRAJECTORIES OUTPUT [field=value ...]`."""
+"""Stage 2 of the shipped policy: `torchrun --nproc_per_node 2 benchmarks/shipped_policy/train.py TRAJECTORIES OUTPUT
+[field=value ...]`, one thread a process."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -14,11 +16,13 @@ from lohp_peft.policy_learning import PolicyLearningConfig, train_policy
 from lohp_peft.trajectories import TrajectoryDataset
 
 DEFAULTS = {
-    "cloning_steps": 400,
-    "training_steps": 760,
-    "validate_every": 200,
+    "batch_size": 8,
+    "cloning_steps": 300,
+    "training_steps": 750,
+    "validate_every": 150,
+    "validation_episodes": 64,
     "rows_per_task": 300,
-    "subtb_weight": 0.01,
+    "subtb_weight": 0.05,
     "cloning_weight": 0.02,
 }
 
@@ -39,8 +43,10 @@ if __name__ == "__main__":
     )
     record = {
         "stage": "policy learning",
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "minutes": (time.perf_counter() - start) / 60,
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gib_per_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "parameters": policy.num_parameters(),
     }
-    (output / "cost.json").write_text(json.dumps(record, indent=2))
+    if os.environ.get("RANK", "0") == "0":
+        (output / "cost.json").write_text(json.dumps(record, indent=2))
