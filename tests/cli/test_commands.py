@@ -140,6 +140,10 @@ def test_prepare(base_folder, task_file, tmp_path):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"output": out.as_posix(), "tasks": ["parcels"], "trajectories": 2}
     assert json.loads(run(*line, "--dry-run").stdout)["plan"]["runs"] == 0
+    assert run(*line).exit_code == 0  # in the bases of the first time
+    other = run(*line, "--bases", "base-weights")
+    assert other.exit_code == 2
+    assert "bases" in other.stderr
 
     refused = run(*line, "--optimizer-steps", "4")
     assert refused.exit_code == 2
@@ -173,6 +177,7 @@ def test_prepare_then_train(base_folder, task_file, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--bases", "svd"], "`--bases` must be gradients or base-weights, got 'svd'"),
         (["--space", "both"], "`--space` must be core or lora_b, got 'both'"),
         (["--layers", "top"], "`--layers` must be whole numbers"),
         (["--target-modules", "nothing"], "matches no module"),
