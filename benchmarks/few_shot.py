@@ -100,7 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--adamw-steps", type=int, default=EvaluationConfig().adamw_steps)
     parser.add_argument("--adamw-learning-rate", type=float, default=EvaluationConfig().adamw_learning_rate)
     parser.add_argument("--adamw-bf16", action="store_true", help="AdamW in bfloat16: faster on most machines")
-    parser.add_argument("--methods", nargs="+", choices=EvaluationConfig().methods, default=EvaluationConfig().methods, help="which methods")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=EvaluationConfig().methods,
+        default=EvaluationConfig().methods,
+        help="which methods",
+    )
     parser.add_argument("--processes", type=int, default=1, help="tasks at once, each process with --threads threads")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="result file; results/few_shot[_validation].json by default")

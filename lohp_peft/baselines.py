@@ -63,7 +63,7 @@ class AdamWBaseline:
             adapted.get_base_model().set_attn_implementation("eager")
         encoder = self._encoder(adapted.get_base_model())
         encoded = encoder.prepare(support.texts, support.texts_b)
-        targets, found = support.targets, []
+        targets, found = support.targets.to(encoder.device), []
         with torch.no_grad():
             head = self._solve(encoder.embed(encoded), targets, support.n_classes)
         weight, bias = head.weight.clone().requires_grad_(True), head.bias.clone().requires_grad_(True)

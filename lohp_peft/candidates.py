@@ -184,14 +184,16 @@ class CandidateSet:
         collected: dict[str, list[list[Tensor]]] = {}
         for fold in (0, 1):
             seen, scored = [h[fold] for h in halves], [h[1 - fold] for h in halves]
-            features = TaskFeatures.stack([self.features(i, rows) for i, rows in enumerate(seen)])
-            embedded = base | self._embed(self._rolled_out(features, seen), compared)
+            # The policy may see all that is not scored; the head is solved on the compared rows, for every candidate alike.
+            known = [_without(size, rows) for size, rows in zip(self.sizes, scored, strict=True)]
+            features = TaskFeatures.stack([self.features(i, rows) for i, rows in enumerate(known)])
+            embedded = base | self._embed(self._rolled_out(features, known), compared)
             for name, pieces in embedded.items():
                 found = []
                 for i, x in enumerate(pieces):
                     targets, at = self.examples[i].targets, lambda rows, i=i: torch.searchsorted(compared[i], rows)
                     head = self.solve(x[at(seen[i])], targets[seen[i]], self.examples[i].n_classes)
-                    logits = head.logits(x[at(scored[i])])
+                    logits = head.logits(x[at(scored[i])]).cpu()
                     found.append(cross_entropy(logits, targets[scored[i]], reduction="none"))
                 collected.setdefault(name, []).append(found)
         return {name: [torch.cat(parts) for parts in zip(*folds, strict=True)] for name, folds in collected.items()}
@@ -207,6 +209,13 @@ class CandidateSet:
         stacked = torch.cat(list(states.values()))
         x = self.encoder.embed(self.encoded[index.repeat(len(states))], stacked, owner).split(counts)
         return {name: list(x[k * len(rows) : (k + 1) * len(rows)]) for k, name in enumerate(states)}
+
+
+def _without(size: int, rows: Tensor) -> Tensor:
+    """The rows of `size` that are not in `rows`, or all where none would be left (one example a class)."""
+    kept = torch.ones(size, dtype=torch.bool)
+    kept[rows] = False
+    return kept.nonzero().flatten() if kept.any() else torch.arange(size)
 
 
 def _halves(examples: Examples, limit: int, seed: int) -> tuple[Tensor, Tensor]:

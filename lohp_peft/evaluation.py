@@ -231,7 +231,7 @@ class _TaskEvaluation:
 
 def scores(head: Head, features: Tensor, examples: Examples) -> dict[str, float]:
     """Accuracy and macro-averaged F1 (over the classes that occur), in 0..1."""
-    predicted, targets = head.logits(features).argmax(-1), examples.targets
+    predicted, targets = head.logits(features).argmax(-1).cpu(), examples.targets
     f1 = []
     for label in targets.unique():
         hit = ((predicted == label) & (targets == label)).sum()

@@ -154,8 +154,8 @@ class WeightSpace(ABC):
             raise ValueError(
                 f"`owner` must name the adapter of each text when there are several, got {len(states)} adapters."
             )
-        c = self._matrix(index, states).to(x.dtype)
-        z = x @ self.input_basis(index).to(x.dtype)
+        c = self._matrix(index, states).to(x)
+        z = x @ self.input_basis(index).to(x)
         if owner is None:
             z = z @ c[0].T
         else:
@@ -165,7 +165,7 @@ class WeightSpace(ABC):
                 else (torch.einsum("nk,nok->no", z, c[owner]))
             )
         u = self.output_basis(index)
-        return z if u is None else z @ u.to(x.dtype).T
+        return z if u is None else z @ u.to(x).T
 
     @staticmethod
     def from_tensors(layout: AdapterLayout, kind: str, r: int, tensors: Mapping[str, Tensor]) -> "WeightSpace":

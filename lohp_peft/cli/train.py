@@ -34,6 +34,8 @@ def train(
 
     Every field of PolicyLearningConfig may be set as `--field value`.
     """
+    import torch
+
     from lohp_peft.policy_learning import PolicyLearningConfig, plan_training, train_policy
     from lohp_peft.tasks import TextEncoder
     from lohp_peft.trajectories import TrajectoryDataset
@@ -53,7 +55,8 @@ def train(
             Console().print(table)
         return
     model, tokenizer = load_base_model(base_model)
-    encoder = TextEncoder(model, tokenizer, dataset.space, pooling=pooling, max_length=max_length)
+    dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else None
+    encoder = TextEncoder(model, tokenizer, dataset.space, pooling=pooling, max_length=max_length, dtype=dtype)
     policy = train_policy(tasks, encoder, dataset, output, settings, validation_tasks=validation_tasks)
     if json:
         write_json({"output": output, "parameters": policy.num_parameters(), "provenance": policy.config.provenance})

@@ -61,8 +61,10 @@ def rollout(
 
 
 def _normal(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """Standard normal noise of the shape of `like`."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-    rows = [torch.randn(like.shape[1:], generator=g, device=like.device, dtype=like.dtype) for g in generator]
-    return torch.stack(rows)
+    """Standard normal noise of the shape of `like`, drawn where the generator lives, so that devices agree."""
+    if generator is None:
+        return torch.randn_like(like)
+    if isinstance(generator, torch.Generator):
+        return torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like)
+    rows = [torch.randn(like.shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generator]
+    return torch.stack(rows).to(like)

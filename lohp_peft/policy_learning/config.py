@@ -61,7 +61,6 @@ class PolicyLearningConfig:
     robust_delta: float = _field(20.0, "residual, in nats, beyond which SubTB is linear")
     contrast: float = _field(0.3, "share of episodes with conflicting labelings of the same texts")
     optimizer_dropout: float = _field(0.3, "probability that the optimizer token is hidden")
-    feature_noise: float = _field(0.0, "standard deviation added to standardised features in training")
     rows_per_task: int = _field(500, "texts kept per task")
     head: str = _field("ridge", "closed-form head, ridge or prototype")
     ridge: float = _field(3.0, "penalty of the ridge head")
@@ -74,7 +73,9 @@ class PolicyLearningConfig:
     validate_every: int = _field(250, "training steps between validations")
     validation_episodes: int = _field(48, "episodes of a validation")
     save_every: int = _field(100, "training steps between checkpoints")
-    mixed_precision: str = _field("no", "no or bf16: networks and base model; log-probabilities stay float32")
+    mixed_precision: str = _field(
+        "no", "no or bf16, of the policy's networks; log-probabilities stay float32; the encoder has a type of its own"
+    )
     seed: int = _field(0, "seed of everything")
 
     def __post_init__(self) -> None:
@@ -83,9 +84,16 @@ class PolicyLearningConfig:
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 problems.append(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}")
-        for name in ("batch_size", "recorded_batch_size", "rollouts_per_task", "on_policy_every", "policy_steps"):
-            if getattr(self, name) < 1:
-                problems.append(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        least = dict.fromkeys(
+            ("batch_size", "recorded_batch_size", "on_policy_every", "policy_steps", "buffer_size"), 1
+        )
+        least |= dict.fromkeys(("validate_every", "validation_episodes", "save_every", "rows_per_task"), 1)
+        least["rollouts_per_task"] = 2  # whose spread sets the temperature
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                problems.append(f"`{name}` must be at least {low}, got {getattr(self, name)}")
+        if not self.kl_target > 0:
+            problems.append(f"`kl_target` must be above 0 nats, got {self.kl_target}")
         for name in (
             "cloning_steps",
             "training_steps",

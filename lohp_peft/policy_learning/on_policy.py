@@ -105,7 +105,7 @@ def reference_temperature(
         reference = source.policy
     if config.mode == "off_policy":
         final, names = losses[:, -1], source.recordings.tasks
-        spread = [final[[i for i, task in enumerate(names) if task == name]] for name in set(names)]
+        spread = [final[[i for i, task in enumerate(names) if task == name]] for name in sorted(set(names))]
         variance = torch.stack([x.var() for x in spread if len(x) > 1] or [final.var()]).mean()
         return max(float((variance / (2 * config.kl_target)).sqrt()), floor)
     final = []
@@ -119,13 +119,15 @@ def reference_temperature(
 
 
 def _path_costs(source: OnPolicy, reference: BackwardReference, generator: torch.Generator) -> Tensor:
-    """`sum_k log P_F - log P_B` of every recorded run, in nats."""
+    """`sum_k log P_F - log P_B` of every recorded run of a task that gives episodes, in nats."""
     policy, recordings = source.policy.eval(), source.recordings
-    costs = recordings.losses.new_zeros(len(recordings))
-    for i, name in enumerate(recordings.tasks):
+    usable = [i for i, name in enumerate(recordings.tasks) if name in source.sampler.rows]
+    costs = recordings.losses.new_zeros(len(usable))
+    for k, i in enumerate(usable):
+        name = recordings.tasks[i]
         episode = source.sampler.whole_task_episode(name, generator)
         features = episode_features(policy, source.bank, [episode])
         run = recordings.states[i : i + 1], features, recordings.optimizers[i : i + 1]
         log_pf, log_ref = log_probabilities(policy, reference, *run)
-        costs[i] = log_pf.sum() - (0.0 if log_ref is None else log_ref.sum())
+        costs[k] = log_pf.sum() - (0.0 if log_ref is None else log_ref.sum())
     return costs

@@ -65,6 +65,11 @@ class Recordings:
     def __len__(self) -> int:
         return len(self.tasks)
 
+    def to(self, device: torch.device | str) -> "Recordings":
+        """The same on another device."""
+        moved = (self.states.to(device), self.losses.to(device), self.tasks, self.optimizers.to(device))
+        return Recordings(*moved, self.optimizer_names)
+
     def scales(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Root mean square per module of final states, (modules, 1), and of steps, (time, modules, 1).
 
@@ -88,7 +93,7 @@ class Recordings:
     def sample(self, size: int, generator: torch.Generator, allowed: Collection[str]) -> Tensor:
         """Indices of `size` runs of tasks in `allowed`, good runs first: weights fall with the rank of the final loss."""
         usable = torch.tensor([name in allowed for name in self.tasks])
-        rank = self.losses[:, -1].argsort().argsort().float()
+        rank = self.losses[:, -1].cpu().argsort().argsort().float()
         weight = usable / (0.5 * len(self) + rank)
         return torch.multinomial(weight, size, replacement=True, generator=generator)
 

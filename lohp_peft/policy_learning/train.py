@@ -114,6 +114,7 @@ def train_policy(
     """
     config = config or PolicyLearningConfig()
     accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision, cpu=encoder.device.type == "cpu")
+    encoder.base_model.to(accelerator.device)
     console = console or Console(stderr=True)
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -60,12 +60,13 @@ class LoHpTrainer:
     ) -> None:
         self.accelerator = accelerator or Accelerator()
         self.policy = policy.to(self.accelerator.device)
-        self.bank, self.recordings, self.sampler, self.config = bank, recordings, sampler, config
+        self.bank, self.recordings = bank, recordings.to(self.accelerator.device)
+        self.sampler, self.config = sampler, config
         self.validation, self.log = validation, log or (lambda step, scalars: None)
         self.reference: LoHpPolicy | BackwardReference | None = None
         self.reference_loss = math.inf  # validation loss at which the reference was taken
         self.temperature = float("nan")
-        self.on_policy = OnPolicy(self.policy, bank, recordings, sampler, config)
+        self.on_policy = OnPolicy(self.policy, bank, self.recordings, sampler, config)
         self.buffer = ReplayBuffer(config.buffer_size)
         self.step, self.best = 0, (math.inf, -1)
         network = policy.forward_network
@@ -213,7 +214,7 @@ class LoHpTrainer:
                 self.buffer.add(self.on_policy.fresh(self._generator("rollout"), splice=self.config.mode == "hybrid"))
                 self.policy.train()
             replayed = self.buffer.sample(self.config.recorded_batch_size, self._generator("replay"))
-            replayed = replayed[self.accelerator.process_index :: self.accelerator.num_processes]
+            replayed = self._mine(replayed)
             for source, wanted in (("on_policy", False), ("spliced", True)):
                 batch = [item for item in replayed if (item.prefix > 0) == wanted]
                 if batch:
@@ -230,8 +231,7 @@ class LoHpTrainer:
     def _start_hybrid_phase(self) -> None:
         """Take the reference: freeze the behaviour clone, or fit a backward policy on the recordings."""
         if self.config.reference == "backward":
-            states = self.recordings.states.to(self.accelerator.device)
-            self.reference = BackwardReference.fit(states, self.policy.state_mask)
+            self.reference = BackwardReference.fit(self.recordings.states, self.policy.state_mask)
         else:
             self._take_clone()
         if self.validation is not None:
@@ -343,6 +343,7 @@ class LoHpTrainer:
         index = self.recordings.sample(self._share(self.config.recorded_batch_size), generator, self.sampler.rows)
         episodes = [self.sampler.whole_task_episode(self.recordings.tasks[int(i)], generator) for i in index]
         hidden = torch.rand(len(index), generator=generator) < self.config.optimizer_dropout
+        hidden = hidden.to(self.recordings.optimizers.device)
         return index, self._features(episodes), self.recordings.optimizers[index].masked_fill(hidden, 0)
 
     def _task_indices(self, index: Tensor) -> Tensor:
@@ -355,6 +356,11 @@ class LoHpTrainer:
     def _episodes(self, purpose: str, count: int) -> list[Episode]:
         first = self.accelerator.process_index * count
         return [self.sampler.sample(self._generator(purpose, first + i)) for i in range(count)]
+
+    def _mine(self, items: list) -> list:
+        """This process's share of what all of them hold; never empty, for all have to take part in the reduction."""
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        return [items[i % len(items)] for i in range(index, max(len(items), count), count)] if items else []
 
     def _share(self, size: int) -> int:
         return max(1, size // self.accelerator.num_processes)

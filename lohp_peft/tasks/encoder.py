@@ -195,6 +195,8 @@ class TextEncoder:
             owner: For each text the index of its adapter, shape (n,); `None` when there is one adapter.
         """
         pieces = []
+        owner = None if owner is None else owner.to(self.device)
+        states = None if states is None else states.to(self.device)
         with self._evaluation(), self._replay():
             for rows in self._chunks(encoded):
                 part = encoded[rows]
@@ -229,7 +231,7 @@ class TextEncoder:
                 mask = masks[-1][..., None].to(output.dtype)
                 weight = mask / mask.sum(1, keepdim=True)
                 sides = ((args[0], self.space.input_basis(index)), (output, self.space.output_basis(index)))
-                means = [(x * weight).sum(1) @ basis.to(x.dtype) for x, basis in sides if basis is not None]
+                means = [(x * weight).sum(1) @ basis.to(x) for x, basis in sides if basis is not None]
                 kept[-1][index] = torch.stack(means).float()
 
             return hook

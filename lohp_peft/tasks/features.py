@@ -137,8 +137,9 @@ def log_f_ratio(x: Tensor, labels: Tensor, n_classes: int) -> Tensor:
 def support_errors(embeddings: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where each support text's embedding should go, and how the head does without going there.
 
-    The negative gradient of the leave-one-out cross-entropy with respect to the normalised embeddings, in closed form:
-    no backward pass. Where the head already separates the classes it vanishes (Ours: an optimizer's first step is made
+    The negative gradient of the cross-entropy at the leave-one-out scores with respect to the normalised embeddings, with
+    the head held fixed, in closed form: no backward pass. The head is ridge with its defaults, whatever head is used
+    later. Where the head already separates the classes it vanishes (Ours: an optimizer's first step is made
     of it, and a policy that imitates optimizers has to know it; leave-one-out, because the head fits its own examples).
 
     Args:
@@ -163,7 +164,7 @@ def task_features(
 ) -> TaskFeatures:
     """Features of one support set in the coordinates of `reference`.
 
-    The moments stand for the gradient of a module's update: with the mean over tokens in the place of each token and a
+    Computed in float32 on the device of `reference`. The moments stand for the gradient of a module's update: with the mean over tokens in the place of each token and a
     learned matrix of the policy in the place of the Jacobian from module to embedding, `matrix @ moments` is that
     gradient (Known: 1609.01596, direct feedback alignment; as features of a policy, Ours).
 
@@ -173,19 +174,22 @@ def task_features(
         n_classes: Number of classes.
         reference: From `fit_reference`.
     """
-    x = (normalize(statistics.embeddings.float(), dim=-1) - reference["embedding_mean"]) @ reference["axes"]
-    x = x / reference["axes_std"]
-    modules = (statistics.modules.float() - reference["module_mean"]) / reference["module_std"]
-    ratios = log_f_ratio(x, labels, n_classes)
-    sizes = torch.tensor([math.log(n_classes), math.log(len(labels) / n_classes)], dtype=x.dtype, device=x.device)
-    module_ratios = log_f_ratio(modules.flatten(1), labels, n_classes).view(modules.shape[1:])
-    errors, loss, error_rate = support_errors(statistics.embeddings, labels, n_classes)
-    inputs = pad(modules[..., : statistics.inputs.shape[-1]], (0, 1), value=1.0)
-    moments = torch.einsum("np,nmr->mpr", errors @ reference["axes"], inputs) / len(x)
-    size = moments.square().mean().sqrt() + 1e-12
-    return TaskFeatures(
-        set=torch.cat([x.mean(0), (x.var(0, correction=0) + 1e-3).log()]),
-        labels=torch.cat([ratios, torch.stack([ratios.mean(), loss, error_rate, size.log()]), sizes]),
-        modules=torch.cat([module_ratios, modules.mean(0)], -1),
-        moments=moments / size,
-    )
+    device = reference["axes"].device
+    labels, embeddings, inner = labels.to(device), statistics.embeddings.to(device), statistics.modules.to(device)
+    with torch.autocast(device.type, enabled=False):
+        x = (normalize(embeddings.float(), dim=-1) - reference["embedding_mean"]) @ reference["axes"]
+        x = x / reference["axes_std"]
+        modules = (inner.float() - reference["module_mean"]) / reference["module_std"]
+        ratios = log_f_ratio(x, labels, n_classes)
+        sizes = torch.tensor([math.log(n_classes), math.log(len(labels) / n_classes)], dtype=x.dtype, device=x.device)
+        module_ratios = log_f_ratio(modules.flatten(1), labels, n_classes).view(modules.shape[1:])
+        errors, loss, error_rate = support_errors(embeddings, labels, n_classes)
+        inputs = pad(modules[..., : statistics.inputs.shape[-1]], (0, 1), value=1.0)
+        moments = torch.einsum("np,nmr->mpr", errors @ reference["axes"], inputs) / len(x)
+        size = moments.square().mean().sqrt() + 1e-12
+        return TaskFeatures(
+            set=torch.cat([x.mean(0), (x.var(0, correction=0) + 1e-3).log()]),
+            labels=torch.cat([ratios, torch.stack([ratios.mean(), loss, error_rate, size.log()]), sizes]),
+            modules=torch.cat([module_ratios, modules.mean(0)], -1),
+            moments=moments / size,
+        )

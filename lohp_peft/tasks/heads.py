@@ -60,7 +60,7 @@ def solve_head(
     if kind not in HEADS:
         raise ValueError(f"`kind` of the head must be one of {list(HEADS)}, got {kind!r}.")
     x = normalize(features, dim=-1)
-    y = one_hot(labels, n_classes).to(x.dtype)
+    y = one_hot(labels.to(x.device), n_classes).to(x.dtype)
     count = y.sum(0)
     if kind == "prototype":
         weight = (y / count.clamp(min=1)).T @ x
@@ -89,7 +89,7 @@ def leave_one_out(
     Returns:
         The head, and scores of shape (n, classes).
     """
-    system = _RidgeSystem.of(x, one_hot(labels, n_classes).to(x.dtype), ridge)
+    system = _RidgeSystem.of(x, one_hot(labels.to(x.device), n_classes).to(x.dtype), ridge)
     inverse = torch.linalg.inv(system.gram)
     dual = inverse @ system.targets
     predicted = (system.targets - dual / inverse.diagonal()[:, None]) / system.root + system.target_mean

@@ -143,7 +143,7 @@ def contrast_groups(tasks: Sequence[Task], max_classes: int = 3) -> list[list[st
     """Names of tasks that share their label names, in one order, in groups of two or more.
 
     Pooled, their texts can be labelled by class or by task: two conflicting tasks out of the same texts. A task that
-    shares half of its texts with those already in its group, such as a pool of them, stays out.
+    shares half of its texts with earlier ones of its group, such as a pool of them, stays out.
     """
     groups: dict[tuple[str, ...], tuple[list[str], set[str]]] = {}
     for task in tasks:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -57,16 +58,15 @@ def gradient_space(
         encoder.base_model.to(accelerator.device)
     layout = encoder.space.layout
     shared: list[dict[str, Tensor] | None] = [None]
-    if output_dir is not None and (Path(output_dir) / MANIFEST_NAME).exists():
-        return _recorded_space(Path(output_dir), layout, r)
     if process.is_main_process:
-        gradients = first_gradients(tasks, encoder, config, minibatches=minibatches)
-        shared = [CoreSpace.from_trajectories(layout, r, gradients).to_tensors()]
+        if output_dir is not None and (Path(output_dir) / MANIFEST_NAME).exists():
+            space = _recorded_space(Path(output_dir), layout, r)
+        else:
+            gradients = first_gradients(tasks, encoder, config, minibatches=minibatches)
+            space = CoreSpace.from_trajectories(layout, r, gradients)
+        shared = [space.to_tensors()]
     broadcast_object_list(shared)
-    space = WeightSpace.from_tensors(layout, CoreSpace.kind, r, shared[0] or {})
-    if not isinstance(space, CoreSpace):
-        raise TypeError(f"Gradients span a core space, got {type(space).__name__}.")
-    return space
+    return cast(CoreSpace, WeightSpace.from_tensors(layout, CoreSpace.kind, r, shared[0] or {}))
 
 
 def _recorded_space(folder: Path, layout: AdapterLayout, r: int) -> CoreSpace:
@@ -138,7 +138,7 @@ def _weight_gradients(encoder: TextEncoder) -> Iterator[list[Tensor]]:
 def _low_rank(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """`lora_A` and `lora_B` of the best approximation of rank `KEPT_RANK`."""
     q = min(KEPT_RANK, *gradient.shape)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(gradient, q=q)
     return (s[:, None] * v.T).contiguous(), u.contiguous()

@@ -16,3 +16,18 @@ def test_errors_list_all_that_is_wrong():
 def test_the_limits_of_lambda_are_allowed():
     assert PolicyLearningConfig(subtb_lambda=float("inf")).subtb_lambda == float("inf")
     assert PolicyLearningConfig(subtb_lambda=0).subtb_lambda == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "rule"),
+    [
+        ("validate_every", 0, "at least 1"),
+        ("save_every", 0, "at least 1"),
+        ("validation_episodes", 0, "at least 1"),
+        ("rollouts_per_task", 1, "at least 2"),
+        ("kl_target", 0.0, "above 0 nats"),
+    ],
+)
+def test_what_would_fail_late_fails_at_once(setting, value, rule):
+    with pytest.raises(ValueError, match=f"`{setting}` must be {rule}, got {value}"):
+        PolicyLearningConfig(**{setting: value})

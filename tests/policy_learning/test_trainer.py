@@ -311,3 +311,22 @@ def test_path_costs_are_log_ratios_of_the_recorded_runs(build_trainer, recording
     run = recordings.states[:1], trainer._features([episode]), recordings.optimizers[:1]
     log_pf, log_ref = log_probabilities(trainer.policy, trainer.reference, *run)
     assert float(costs[0]) == pytest.approx(float((log_pf - log_ref).sum()), rel=1e-4)
+
+
+def test_tasks_without_episodes_do_not_count_in_path_costs(build_trainer):
+    trainer = build_trainer(preset="lohp", reference="backward", cloning_steps=0)
+    trainer._start_hybrid_phase()
+    del trainer.sampler.rows["ham"]  # as if its classes were too small
+    costs = on_policy_module._path_costs(trainer.on_policy, trainer.reference, torch.Generator().manual_seed(0))
+    assert costs.shape == (4,)
+
+
+@pytest.mark.parametrize(("items", "count"), [(5, 2), (2, 4), (1, 3), (6, 3)])
+def test_every_process_replays_something_and_together_all(build_trainer, monkeypatch, items, count):
+    trainer, shares = build_trainer(), []
+    for index in range(count):
+        fake = type("Processes", (), {"process_index": index, "num_processes": count})
+        monkeypatch.setattr(trainer, "accelerator", fake)
+        shares.append(trainer._mine(list(range(items))))
+    assert all(shares)
+    assert {item for share in shares for item in share} == set(range(items))

@@ -126,3 +126,10 @@ def test_moments_are_mean_products_of_error_and_input(statistics, reference):
     size = expected.square().mean().sqrt()
     torch.testing.assert_close(found.moments, expected / size, atol=1e-4, rtol=1e-3)
     assert found.labels[9] == pytest.approx(float(size.log()), abs=1e-3)
+
+
+def test_autocast_does_not_reach_the_features(statistics, reference):
+    expected = task_features(statistics, LABELS, 3, reference)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = task_features(statistics, LABELS, 3, reference)
+    assert all(getattr(found, name).equal(getattr(expected, name)) for name in PARTS)
