@@ -77,7 +77,8 @@ def leave_one_out(
     """The ridge head, and every example's class scores under the head solved without it, in closed form.
 
     The residual of example i without it is `a_i / (G^-1)_ii`, with `a` the dual coefficients and `G` the regularised
-    Gram matrix (Known: Allen's PRESS statistic; centring and class weights are those of all examples).
+    Gram matrix (Known: Allen's PRESS statistic). Centring and class weights are those of all examples, which is optimistic
+    with few of them: random labels of two classes in 384 dimensions get an error of 0.00 at 2 shots, 0.12 at 4, 0.35 at 8.
 
     Args:
         x: L2-normalised embeddings, shape (n, d).
