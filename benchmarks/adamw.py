@@ -48,8 +48,9 @@ def main() -> None:
             file.write_text(json.dumps(run_task(task, policy, model, tokenizer)))
     tasks = {name: json.loads((work / f"{name}.json").read_text()) for name in TASKS}
     mean = {key: fmean(found[key] for found in tasks.values()) for key in tasks[TASKS[0]]}
-    best = max(mean, key=mean.__getitem__)
-    rate, steps = best.split("/")
+    # The fewest steps within a quarter of a point of the best: far below the noise, and the baseline's time is quoted.
+    good = [key for key, value in mean.items() if value >= max(mean.values()) - 0.0025]
+    rate, steps = min(good, key=lambda key: int(key.split("/")[1])).split("/")
     record = {"shots": SHOTS, "draws": 1, "max_test": MAX_TEST, "accuracy": mean, "tasks": tasks}
     record["best"] = {"learning_rate": float(rate), "steps": int(steps)}
     (Path(__file__).parent / "results" / "adamw.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -132,7 +132,7 @@ def adamw(result: Mapping[str, Any]) -> str:
     rates, steps = ([*dict.fromkeys(key.split("/")[i] for key in result["accuracy"])] for i in (0, 1))
     rows = [(rate, *(percent(result["accuracy"][f"{rate}/{step}"]) for step in steps)) for rate in rates]
     best = result["best"]
-    note = f"{len(result['tasks'])} validation tasks; best: {best['steps']} steps at {best['learning_rate']:g}."
+    note = f"{len(result['tasks'])} validation tasks; taken: {best['steps']} steps at {best['learning_rate']:g}."
     return f"{table(('learning rate', *(f'{step} steps' for step in steps)), rows)}\n\n{note}"
 
 

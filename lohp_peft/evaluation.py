@@ -40,7 +40,7 @@ class EvaluationConfig:
         default=None, metadata={"help": "most rows of split test, drawn class-balanced; none for all"}
     )
     methods: tuple[str, ...] = field(default=METHODS, metadata={"help": "methods to run"})
-    adamw_steps: int = field(default=40, metadata={"help": "optimizer steps of AdamW; chosen on validation tasks"})
+    adamw_steps: int = field(default=80, metadata={"help": "optimizer steps of AdamW; chosen on validation tasks"})
     adamw_learning_rate: float = field(default=1e-3, metadata={"help": "of AdamW; chosen on validation tasks"})
     adamw_mixed_precision: str = field(default="no", metadata={"help": "of AdamW's forward passes, no or bf16"})
 
