@@ -48,7 +48,8 @@ def describe_policy(policy: LoHpPolicy) -> dict[str, Any]:
     for name, tensor in sorted(policy.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return {"preset": policy.config.preset, "policy_steps": policy.config.policy_steps, "sha256": digest.hexdigest()}
+    about = {name: getattr(policy.config, name) for name in ("preset", "policy_steps", "amplitude")}
+    return {**about, "sha256": digest.hexdigest()}
 
 
 def environment() -> dict[str, Any]:
