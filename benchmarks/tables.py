@@ -136,6 +136,17 @@ def adamw(result: Mapping[str, Any]) -> str:
     return f"{table(('learning rate', *(f'{step} steps' for step in steps)), rows)}\n\n{note}"
 
 
+def amplitude(result: Mapping[str, Any]) -> str:
+    """Validation accuracy by amplitude."""
+    accuracy = dict(result["accuracy"])
+    none, mean = accuracy.pop("0"), accuracy.pop("mean adapter")
+    header = ("", "no adapter", "mean adapter", *(f"generated x {name}" for name in accuracy))
+    row = ("accuracy, %", percent(none), percent(mean), *map(percent, accuracy.values()))
+    settings = result["settings"]
+    note = f"{len(result['tasks'])} validation tasks, {settings['draws']} draws; taken: {result['amplitude']:g}. {where(result)}"
+    return f"{table(header, [row])}\n\n{note}"
+
+
 def recorder(result: Mapping[str, Any]) -> str:
     """The recorder's overhead in a sentence."""
     return (
@@ -163,6 +174,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "contrast": ("contrast", contrast),
     "latency": ("latency", latency),
     "adamw": ("adamw", adamw),
+    "amplitude": ("amplitude", amplitude),
     "recorder": ("recorder", recorder),
     "subtb": ("subtb", subtb),
 }
