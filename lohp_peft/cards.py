@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+__all__ = ["adapter_card", "is_hub_id", "policy_card", "write_adapter_card", "write_policy_card"]
+
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _POOLING = {
     "mean": """mask = batch["attention_mask"].unsqueeze(-1)
