@@ -34,10 +34,10 @@ NAMES = {
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """The first thing a reader sees: the methods anybody could use, and what they cost."""
+    """The first thing a reader sees: the methods anybody could use."""
     shown = ("none", "mean_adapter", "nearest_adapter", "adamw", "generated")
     rows = [
-        (NAMES[name], percent(row["accuracy"]), f"{row['seconds']:.2f}")
+        (NAMES[name], percent(row["accuracy"]), percent(row["macro_f1"]))
         for name in shown
         if (row := result["methods"].get(name)) is not None
     ]
@@ -45,7 +45,7 @@ def headline(result: Mapping[str, Any]) -> str:
         (
             f"{len(result['tasks'])} unseen tasks, {result['settings']['shots']} examples per class",
             "accuracy, %",
-            "seconds",
+            "macro F1, %",
         ),
         rows,
     )
@@ -55,7 +55,7 @@ def few_shot(result: Mapping[str, Any]) -> str:
     """Methods, then paired differences."""
     settings, tasks = result["settings"], result["tasks"]
     rows = [
-        (NAMES.get(name, name), percent(row["accuracy"]), percent(row["macro_f1"]), f"{row['seconds']:.2f}")
+        (NAMES.get(name, name), percent(row["accuracy"]), percent(row["macro_f1"]))
         for name, row in result["methods"].items()
     ]
     differences = [
@@ -70,12 +70,11 @@ def few_shot(result: Mapping[str, Any]) -> str:
     note = (
         f"{len(tasks)} {'held-out' if settings['split'] == 'test' else settings['split']} tasks, {settings['shots']} "
         f"examples per class, {settings['draws']} draws, at most {settings['max_test']} test texts; AdamW takes "
-        f"{settings['adamw_steps']} steps at {settings['adamw_learning_rate']:g}. Seconds: median task, from examples to "
-        f"adapter and head, {result['processes']} x {result['threads']} threads. {where(result)}"
+        f"{settings['adamw_steps']} steps at {settings['adamw_learning_rate']:g}. {where(result)}"
     )
     return "\n\n".join(
         (
-            table(("", "accuracy, %", "macro F1, %", "seconds"), rows),
+            table(("", "accuracy, %", "macro F1, %"), rows),
             table(("difference in accuracy", "points", "95 % interval over tasks", "tasks where better"), differences),
             note,
         )
