@@ -178,6 +178,8 @@ class LoHpPolicy(PreTrainedModel):
             _read(folder / WEIGHTS_FILE)
             kwargs |= {"use_safetensors": True, "output_loading_info": True}
             policy, info = super().from_pretrained(folder, *args, **kwargs)
+            for tensor in (*policy.parameters(), *policy.buffers()):
+                tensor.data = tensor.data.clone()  # out of the mapped file, whose alignment would change the last bits
             kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
             wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
             if wrong:
