@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     layout = AdapterLayout.from_model(model, ["query", "value"], layers_to_transform=options.layers)
     encoder = TextEncoder(model, tokenizer, CoreSpace.from_base_weights(model, layout, r=4), max_length=48)
 
-    # Stage 1: a weight space that holds the tasks' first gradients; in it tasks x optimizers x seeds, recorded.
+    # Stage 1: a weight space along the tasks' first gradients; in it tasks x optimizers x seeds, recorded.
     tasks = [load_task(name, family) for name, family in RECORDED.items()]
     preparation = WeightPreparationConfig(
         optimizers=("adamw", "sam"),

@@ -22,7 +22,6 @@ CONFIG = WeightPreparationConfig(
     rows_per_task=200,
     score_shots=4,
     score_query_rows=40,
-    hyperparameters={"adamw": {"lr": 0.005}, "sam": {"lr": 0.01}, "sgd": {"lr": 0.1}, "lion": {"lr": 0.005}},
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Put a trained policy where the package finds it, with its card: `python benchmarks/shipped_policy/ship.py POLICY`.
 
-Its amplitude is the one that `amplitude.py` chose on validation tasks. The card's results are those of `benchmarks/results/few_shot.json`, if they are of this policy.
+Its amplitude is the one that `amplitude.py` chose on validation tasks. The card's results are those of
+`benchmarks/results/few_shot.json`, if they are of this policy.
 """
 
 import json

@@ -27,10 +27,9 @@ class LoHpPolicy(PreTrainedModel):
 
     The mean moves towards a *goal*, a mixture of learned directions and of what the support set's errors ask for, both
     gated by the task's features, and adds a free bounded move per module: `mean = s + (goal - s) / (K - k) + free`.
-    Every prefix of the steps is a valid adapter
-    and the last step arrives (Ours: any-time by construction). Inside the networks states are in units of `scale`,
-    the root mean square of the recorded final adapters per module, and free moves in units of `step_rms`, that of the
-    recorded steps (Ours: notes on normalising per tensor).
+    Every prefix of the steps is a valid adapter and the last step arrives (Ours: any-time by construction). Inside the
+    networks states are in units of `scale`, the root mean square of the recorded final adapters per module, and free
+    moves in units of `step_rms`, that of the recorded steps (Ours: notes on normalising per tensor).
 
     Args:
         config ([`LoHpPolicyConfig`]): Shape and provenance.

@@ -164,9 +164,10 @@ def task_features(
 ) -> TaskFeatures:
     """Features of one support set in the coordinates of `reference`.
 
-    Computed in float32 on the device of `reference`. The moments stand for the gradient of a module's update: with the mean over tokens in the place of each token and a
-    learned matrix of the policy in the place of the Jacobian from module to embedding, `matrix @ moments` is that
-    gradient (Known: 1609.01596, direct feedback alignment; as features of a policy, Ours).
+    Computed in float32 on the device of `reference`. The moments stand for the gradient of a module's update: with the
+    mean over tokens in the place of each token and a learned matrix of the policy in the place of the Jacobian from
+    module to embedding, `matrix @ moments` is that gradient (Known: 1609.01596, direct feedback alignment; as features
+    of a policy, Ours).
 
     Args:
         statistics: Of the `n` support texts.

@@ -35,11 +35,12 @@ def gradient_space(
     output_dir: str | Path | None = None,
     accelerator: Accelerator | None = None,
 ) -> CoreSpace:
-    """The core space of rank `r` that holds most of the tasks' first gradients.
+    """The core space of rank `r` along the leading directions of the tasks' first gradients.
 
     (Known: 2407.05000 and 2411.19557, the first step of full fine-tuning as a LoRA's subspace; over many tasks at once,
-    Ours: AdamW in these bases was up to 8 points better on 16 shots of validation tasks than in those of the base
-    weights, because a direction that no training task asked for cannot be overfitted to.)
+    Ours: a direction that no training task asked for cannot be overfitted to. At rank 16 AdamW on 16 shots of validation
+    tasks went from 8 points better than in the bases of the base weights, on sentiment, to 6 worse, on aspect
+    sentiment; recorded runs of 68 training tasks ended at 0.65 instead of 0.75 nats.)
 
     Args:
         tasks: Training tasks.

@@ -36,7 +36,7 @@ class OfflineOptimizer:
 
 # Learning rates are for cores in the bases of the tasks' first gradients (`gradient_space`); measured on six tasks of a
 # sentence encoder at rank 16, 12 steps, loss on rows never trained on (the table is in benchmarks/NOTES.md). In the bases
-# of the base weights the best rates were 20 times these, and 30 times for SGD.
+# of the base weights the best rates were 10 to 30 times these.
 OFFLINE_OPTIMIZERS: Mapping[str, OfflineOptimizer] = MappingProxyType(
     {
         "adamw": OfflineOptimizer(
