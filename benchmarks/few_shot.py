@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
@@ -39,32 +39,13 @@ def start_process(policy: str, base_model: str, threads: int) -> None:
     _subject[:] = load_subject(policy, base_model)
 
 
-def evaluate_one(name: str, config: EvaluationConfig, work: Path, known: Mapping[str, Any]) -> str:
-    """Score one task with the methods that are not known yet and write its file."""
+def evaluate_one(name: str, config: EvaluationConfig, work: Path) -> str:
+    """Score one task and write its file."""
     (task,) = load_tasks([name])
-    missing = tuple(method for method in config.methods if method not in known)
-    found = dict(known)
-    if missing:
-        config = replace(config, methods=missing)
-        found |= evaluate_tasks(*_subject, [task], config=config, console=Console(quiet=True))["tasks"][name]
+    results = evaluate_tasks(*_subject, [task], config=config, console=Console(quiet=True))
     about = {"family": task.family, "classes": task.examples.n_classes}
-    write_json(
-        work / f"{name}.json", {**about, "methods": {m: found[m] for m in EvaluationConfig().methods if m in found}}
-    )
+    write_json(work / f"{name}.json", {**about, "methods": results["tasks"][name]})
     return name
-
-
-def known_methods(folder: Path | None, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What another work folder holds of a task; its settings may differ in methods and AdamW's only."""
-    if folder is None or not (folder / f"{name}.json").exists():
-        return {}
-    found = json.loads((folder / "settings.json").read_text())
-    different = [k for k in settings if not k.startswith(("adamw", "methods")) and found.get(k) != settings[k]]
-    if different:
-        raise SystemExit(f"{folder} was begun with other settings ({', '.join(different)}); it cannot be reused.")
-    methods = json.loads((folder / f"{name}.json").read_text())["methods"]
-    methods.pop("adamw", None)
-    return methods
 
 
 def bootstrap_interval(differences: Sequence[float], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -115,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
     parser.add_argument("--shots", type=int, default=16, help="support examples per class")
     parser.add_argument("--draws", type=int, default=3, help="support sets per task")
-    parser.add_argument("--max-test", type=int, default=500, help="most test rows per task")
+    parser.add_argument("--max-test", type=int, help="most test rows per task; all by default")
     parser.add_argument("--adamw-steps", type=int, default=EvaluationConfig().adamw_steps)
     parser.add_argument("--adamw-learning-rate", type=float, default=EvaluationConfig().adamw_learning_rate)
     parser.add_argument("--adamw-bf16", action="store_true", help="AdamW in bfloat16: faster on most machines")
@@ -126,7 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=EvaluationConfig().methods,
         help="which methods",
     )
-    parser.add_argument("--reuse", type=Path, help="work folder whose results but AdamW's are taken over")
     parser.add_argument("--processes", type=int, default=1, help="tasks at once, each process with --threads threads")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="result file; results/few_shot[_validation].json by default")
@@ -150,17 +130,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_settings(options.work, settings)
     names = options.tasks or SPLITS[options.split]
     pending = [name for name in names if not (options.work / f"{name}.json").exists()]
-    known = {name: known_methods(options.reuse, name, settings) for name in pending}
     print(f"{len(names) - len(pending)} of {len(names)} tasks are done already", flush=True)
     if options.processes > 1 and len(pending) > 1:
         pool = ProcessPoolExecutor(options.processes, get_context("spawn"), start_process, loaded)
         with pool:
-            jobs = [pool.submit(evaluate_one, name, config, options.work, known[name]) for name in pending]
+            jobs = [pool.submit(evaluate_one, name, config, options.work) for name in pending]
             for number, job in enumerate(as_completed(jobs), 1):
                 print(f"[{number}/{len(pending)}] {job.result()}", flush=True)
     else:
         for number, name in enumerate(pending, 1):
-            print(f"[{number}/{len(pending)}] {evaluate_one(name, config, options.work, known[name])}", flush=True)
+            print(f"[{number}/{len(pending)}] {evaluate_one(name, config, options.work)}", flush=True)
 
     tasks = {name: json.loads((options.work / f"{name}.json").read_text()) for name in names}
     default = RESULTS / ("few_shot.json" if options.split == "test" else f"few_shot_{options.split}.json")

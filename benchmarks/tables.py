@@ -67,9 +67,10 @@ def few_shot(result: Mapping[str, Any]) -> str:
         )
         for name, row in result["differences"].items()
     ]
+    texts = "all" if settings["max_test"] is None else f"at most {settings['max_test']}"
     note = (
         f"{len(tasks)} {'held-out' if settings['split'] == 'test' else settings['split']} tasks, {settings['shots']} "
-        f"examples per class, {settings['draws']} draws, at most {settings['max_test']} test texts; AdamW takes "
+        f"examples per class, {settings['draws']} draws, {texts} test texts; AdamW takes "
         f"{settings['adamw_steps']} steps at {settings['adamw_learning_rate']:g}. {where(result)}"
     )
     return "\n\n".join(

@@ -154,13 +154,14 @@ class CandidateSet:
         found["none"] = self.policy.scale.new_zeros(shape)
         return found
 
-    def choose(self, paths: Tensor) -> tuple[Tensor, list[tuple[Candidate, ...]], list[tuple[str, str]]]:
-        """The chosen state of each task, its candidates, and (name, reason)."""
+    def choose(
+        self, features: TaskFeatures, paths: Tensor
+    ) -> tuple[Tensor, list[tuple[Candidate, ...]], list[tuple[str, str]]]:
+        """The chosen state of each task, its candidates, and (name, reason), from features and paths of all its rows."""
         if not self.config.choose:
             note = ("generated", "Candidates were not compared.")
             return paths[:, -1].contiguous(), [(Candidate("generated"),)] * len(paths), [note] * len(paths)
         losses = self._cross_fitted_losses()
-        features = TaskFeatures.stack([self.features(i, slice(None)) for i in range(len(paths))])
         states = self._rolled_out(features, self.all_rows(), paths) | self._fixed()
         chosen, candidates, reasons = [], [], []
         for i in range(len(paths)):
@@ -180,8 +181,9 @@ class CandidateSet:
         halves = [_halves(task, self.config.scored_texts, self.config.seed) for task in self.examples]
         compared = [torch.cat(half).unique() for half in halves]
         fixed = self._fixed()
-        base = {"none": [s.embeddings[rows] for s, rows in zip(self.statistics, compared, strict=True)]}
-        base |= self._embed({name: state for name, state in fixed.items() if name != "none"}, compared)
+        fixed.pop("none")  # its embeddings are known
+        base = self._embed(fixed, compared)
+        base["none"] = [s.embeddings[rows] for s, rows in zip(self.statistics, compared, strict=True)]
         collected: dict[str, list[list[Tensor]]] = {}
         for fold in (0, 1):
             seen, scored = [h[fold] for h in halves], [h[1 - fold] for h in halves]

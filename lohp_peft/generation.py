@@ -206,7 +206,7 @@ def generate_adapters(
         job = CandidateSet(policy, encoder, examples, config)
         features = TaskFeatures.stack([job.features(i, slice(None)) for i in range(len(examples))])
         paths = job.rollout(features, job.all_rows())
-        states, candidates, reasons = job.choose(paths)
+        states, candidates, reasons = job.choose(features, paths)
         embeddings = encoder.embed(job.encoded, states, job.owner).split(job.sizes)
     seconds = (time.perf_counter() - start) / len(examples)
     for i, task in enumerate(examples):

@@ -88,11 +88,16 @@ class LoHpPolicyConfig(PretrainedConfig):
             "principal_directions": principal_directions,
         }
         wrong = {name: value for name, value in sizes.items() if not isinstance(value, int) or value < 1}
+        problems = []
         if wrong or hidden_size % num_heads:
-            raise ValueError(
+            problems.append(
                 f"Policy sizes must be positive integers and `hidden_size` a multiple of `num_heads`; got {wrong or ''} "
                 f"hidden_size={hidden_size}, num_heads={num_heads}."
             )
+        if not amplitude > 0:
+            problems.append(f"`amplitude` must be above 0, got {amplitude}.")
+        if problems:
+            raise ValueError(" ".join(problems))
         self.layout = layout or {"modules": []}
         self.space_kind, self.r = space_kind, r
         self.base_model_name, self.base_fingerprint = base_model_name, base_fingerprint
@@ -104,8 +109,6 @@ class LoHpPolicyConfig(PretrainedConfig):
         self.num_directions, self.dropout = num_directions, dropout
         self.state_shape = list(state_shape or [1, 1])
         self.optimizers = list(optimizers or [])
-        if not amplitude > 0:
-            raise ValueError(f"`amplitude` must be above 0, got {amplitude}.")
         self.noise_scale, self.amplitude, self.reads_previous = noise_scale, amplitude, reads_previous
         self.preset, self.provenance = preset, dict(provenance or {})
         self.schema_version = schema_version

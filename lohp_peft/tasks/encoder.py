@@ -70,6 +70,11 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
+def _inverse(chunks: Sequence[Tensor]) -> Tensor:
+    """Where each text went: undoes the order of `TextEncoder._chunks`."""
+    return torch.cat(list(chunks)).argsort()
+
+
 class _PrefixDone(Exception):
     """Raised inside the forward pass once the input of the first adapted layer is known."""
 
@@ -197,8 +202,9 @@ class TextEncoder:
         pieces = []
         owner = None if owner is None else owner.to(self.device)
         states = None if states is None else states.to(self.device)
+        chunks = self._chunks(encoded)
         with self._evaluation(), self._replay():
-            for rows in self._chunks(encoded):
+            for rows in chunks:
                 part = encoded[rows]
                 self._hidden = part.hidden
                 if self._before_chunk is not None:
@@ -209,7 +215,7 @@ class TextEncoder:
                     with injected(self.base_model, self.space, states, None if owner is None else owner[rows]):
                         tokens = self._run(part)
                 pieces.append(self._pool(tokens, part.attention_mask))
-        return torch.cat(pieces)[self._inverse(encoded)]
+        return torch.cat(pieces)[_inverse(chunks)]
 
     @torch.no_grad()
     def statistics(self, encoded: EncodedTexts, state: Tensor | None = None) -> TextStatistics:
@@ -246,7 +252,7 @@ class TextEncoder:
             for handle in handles:
                 handle.remove()
         means = torch.cat([torch.stack([part[i] for i in range(len(modules))], 2) for part in kept], 1)
-        return TextStatistics(embeddings, *means[:, self._inverse(encoded)])
+        return TextStatistics(embeddings, *means[:, _inverse(self._chunks(encoded))])
 
     def _chunks(self, encoded: EncodedTexts) -> list[Tensor]:
         """Row indices in batches of similar length: at most `batch_size` texts, and little padding.
@@ -264,10 +270,6 @@ class TextEncoder:
                 chunks.append(order[first:i])
                 first = i
         return [*chunks, order[first:]]
-
-    def _inverse(self, encoded: EncodedTexts) -> Tensor:
-        """Where each text went: undoes the order of `_chunks`."""
-        return torch.cat(self._chunks(encoded)).argsort()
 
     def _run(self, part: EncodedTexts) -> Tensor:
         inputs = {"input_ids": part.token_ids, "attention_mask": part.attention_mask}
