@@ -52,7 +52,10 @@ def prepare(
     settings = read_config(WeightPreparationConfig, config, ctx.args, sets or ())
     tasks = load_tasks(task)
     model, tokenizer = load_base_model(base_model)
-    weight_space = load_space(model, space, r, target_modules, layers)
+    from_gradients = space == "core" and bases == "gradients"
+    # Gradients are taken in any space over the modules: one that needs no decomposition of the base weights.
+    first_space = "lora_b" if from_gradients and not dry_run else space
+    weight_space = load_space(model, first_space, r, target_modules, layers)
     if dry_run:
         plan = plan_preparation(tasks, weight_space, settings, output)
         if json:
@@ -62,7 +65,7 @@ def prepare(
         return
     accelerator = Accelerator()
     encoder = TextEncoder(model, tokenizer, weight_space, pooling=pooling, max_length=max_length)
-    if space == "core" and bases == "gradients":
+    if from_gradients:
         weight_space = gradient_space(tasks, encoder, r, settings, output_dir=output, accelerator=accelerator)
         encoder = TextEncoder(model, tokenizer, weight_space, pooling=pooling, max_length=max_length)
     dataset = prepare_trajectories(tasks, encoder, output, settings, accelerator)
