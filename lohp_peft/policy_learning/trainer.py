@@ -230,21 +230,22 @@ class LoHpTrainer:
 
     def _start_hybrid_phase(self) -> None:
         """Take the reference: freeze the behaviour clone, or fit a backward policy on the recordings."""
-        if self.config.reference == "backward":
-            self.reference = BackwardReference.fit(self.recordings.states, self.policy.state_mask)
-        else:
-            self._take_clone()
         if self.validation is not None:
             self.reference_loss = self._validation_scores()["validation_loss"]
-        self.temperature = self._calibrated_temperature()
+        if self.config.reference == "backward":
+            self._set_reference(BackwardReference.fit(self.recordings.states, self.policy.state_mask))
+        else:
+            self._set_reference(self._clone())
 
-    def _take_clone(self) -> None:
-        self.reference = copy.deepcopy(self.policy).eval().requires_grad_(False)
+    def _clone(self) -> LoHpPolicy:
+        return copy.deepcopy(self.policy).eval().requires_grad_(False)
 
-    def _calibrated_temperature(self) -> float:
-        if self.reference is None:
-            raise RuntimeError("There is no reference before the hybrid phase.")
-        return reference_temperature(self.on_policy, self.reference, lambda i: self._generator("temperature", i))
+    def _set_reference(self, reference: LoHpPolicy | BackwardReference) -> None:
+        """The reference and the temperature that follows from it."""
+        self.reference = reference
+        self.temperature = reference_temperature(
+            self.on_policy, reference, lambda i: self._generator("temperature", i)
+        )
 
     def _refresh_reference(self, validation_loss: float) -> dict[str, float]:
         """Take the clone anew once the policy is better than at the last taking and far from it.
@@ -259,12 +260,11 @@ class LoHpTrainer:
         nats = divergence(self.policy, self.reference, self._features(episodes[:8], bank))
         if not (validation_loss < self.reference_loss and nats > self.config.refresh_kl):
             return {"divergence": nats}
-        self._take_clone()
         self.reference_loss = validation_loss
         for parameter in self.policy.log_flow_network.out.parameters():
             parameter.data.zero_()
             self.optimizer.state.pop(parameter, None)
-        self.temperature = self._calibrated_temperature()
+        self._set_reference(self._clone())
         return {"divergence": nats, "refreshed": 1.0, "temperature": self.temperature}
 
     def validate(self) -> dict[str, float]:
@@ -333,9 +333,8 @@ class LoHpTrainer:
         if self.config.reference == "backward":
             self.reference = BackwardReference.from_tensors(groups["reference"])
             return
-        clone = copy.deepcopy(self.policy).eval().requires_grad_(False)
-        clone.load_state_dict(groups["reference"])
-        self.reference = clone
+        self.reference = self._clone()
+        self.reference.load_state_dict(groups["reference"])
 
     def _recorded_batch(self) -> tuple[Tensor, TaskFeatures, Tensor]:
         """Recorded runs with features of fresh support draws; optimizer tokens are hidden at random."""

@@ -296,9 +296,11 @@ def test_the_temperature_of_a_backward_policy_balances_the_recordings(build_trai
     assert trainer.temperature > 0
     decrease = float((recordings.losses[:, 0] - recordings.losses[:, -1]).mean())
     monkeypatch.setattr(on_policy_module, "_path_costs", lambda *args: torch.tensor([4.0, 12.0]))
-    assert trainer._calibrated_temperature() == pytest.approx(decrease / 8)
+    trainer._set_reference(trainer.reference)
+    assert trainer.temperature == pytest.approx(decrease / 8)
     monkeypatch.setattr(on_policy_module, "_path_costs", lambda *args: torch.tensor([1e9]))
-    assert trainer._calibrated_temperature() == pytest.approx(decrease / on_policy_module.MAX_REWARD_RANGE)
+    trainer._set_reference(trainer.reference)
+    assert trainer.temperature == pytest.approx(decrease / on_policy_module.MAX_REWARD_RANGE)
 
 
 def test_path_costs_are_log_ratios_of_the_recorded_runs(build_trainer, recordings):
