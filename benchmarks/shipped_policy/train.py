@@ -17,9 +17,9 @@ from lohp_peft.trajectories import TrajectoryDataset
 
 DEFAULTS = {
     "batch_size": 8,
-    "cloning_steps": 300,
-    "training_steps": 750,
-    "validate_every": 150,
+    "cloning_steps": 120,
+    "training_steps": 800,
+    "validate_every": 100,
     "validation_episodes": 64,
     "rows_per_task": 300,
     "subtb_weight": 0.05,

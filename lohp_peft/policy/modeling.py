@@ -25,9 +25,10 @@ REFERENCE_FILE = "reference_set.safetensors"
 class LoHpPolicy(PreTrainedModel):
     """A Gaussian policy over adapters: `s[k+1] ~ N(mean(s[k], k, task), sigma[k]^2)` from `s[0]` = no adapter.
 
-    The mean moves towards a *goal*, a mixture of learned directions and of what the support set's errors ask for, both
-    gated by the task's features, and adds a free bounded move per module: `mean = s + (goal - s) / (K - k) + free`.
-    Every prefix of the steps is a valid adapter and the last step arrives (Ours: any-time by construction). Inside the
+    The mean moves along a *drift*, a mixture of learned directions and of what the support set's errors ask for, both
+    gated by the task's features, is pulled back by a learned share of the state, and adds a free bounded move per module:
+    `mean = s + drift / K - pull * s + free`. Every prefix of the steps is a valid adapter (Ours: a policy whose last step
+    has to arrive at a goal explains recorded steps worse than one that stands still; this one starts there). Inside the
     networks states are in units of `scale`, the root mean square of the recorded final adapters per module, and free
     moves in units of `step_rms`, that of the recorded steps (Ours: notes on normalising per tensor).
 
@@ -128,9 +129,9 @@ class LoHpPolicy(PreTrainedModel):
         optimizer = torch.zeros_like(step) if optimizer is None else optimizer
         blind = previous is None or not self.config.reads_previous
         move = torch.zeros_like(state) if blind else (state - previous) / self.scale
-        goal, free = self.forward_network(state / self.scale, move, scaled, flat, step, optimizer)
-        rate = 1.0 / (self.config.policy_steps - step).to(state.dtype)[:, None, None]
-        mean = state + rate * (goal * self.scale - state) + free * self.step_rms[step]
+        drift, free = self.forward_network(state / self.scale, move, scaled, flat, step, optimizer)
+        pull = self.forward_network.pull[step].clamp(0, 1)
+        mean = (1 - pull) * state + drift * self.scale / self.config.policy_steps + free * self.step_rms[step]
         return torch.where(self.state_mask, mean, torch.zeros_like(mean))
 
     def sigma(self, step: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ class ForwardNetwork(nn.Module):
         modules, width = shape
         hidden = config.hidden_size
         self.start = nn.Parameter(torch.zeros(modules, width))
+        self.pull = nn.Parameter(torch.full((config.policy_steps, modules, 1), 0.01))
         self.directions = nn.Parameter(torch.randn(config.num_directions, modules, width) * 0.02)
         self.trunk = Trunk(config, sizes[0] + sizes[1] + modules * sizes[2] // 2)
         self.gates = nn.Linear(hidden, config.num_directions)
@@ -119,7 +120,7 @@ class ForwardNetwork(nn.Module):
     def gate_parameters(self) -> list[nn.Parameter]:
         """Directions, feedback and the gates that mix them."""
         gates = [*self.trunk.parameters(), *self.gates.parameters(), *self.feedback_gates.parameters()]
-        return [self.start, self.directions, self.feedback, self.inward, *gates]
+        return [self.start, self.pull, self.directions, self.feedback, self.inward, *gates]
 
     def free_parameters(self) -> list[nn.Parameter]:
         """The transformer behind the free moves."""
@@ -129,9 +130,9 @@ class ForwardNetwork(nn.Module):
     def forward(
         self, state: Tensor, previous: Tensor, features: TaskFeatures, flat: Tensor, step: Tensor, optimizer: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The goal of the gates and the free move, each (batch, modules, width), in units of the step scale.
+        """The drift of the gates, in units of the scale, and the free move, in those of a step, (batch, modules, width).
 
-        The goal is a learned start, a mixture of learned directions, and what the support set's errors ask of each
+        The drift is a learned start, a mixture of learned directions, and what the support set's errors ask of each
         module: `gate * feedback @ moments @ inward`, the gradient of the support loss as far as it can be known without
         a backward pass (see `tasks.task_features`).
 
@@ -144,9 +145,9 @@ class ForwardNetwork(nn.Module):
             optimizer: Optimizer indices, shape (batch,); 0 is none in particular.
         """
         condition = self.trunk(flat, step, optimizer)
-        goal = self.start + torch.einsum("bd,dmw->bmw", self.gates(condition), self.directions)
+        drift = self.start + torch.einsum("bd,dmw->bmw", self.gates(condition), self.directions)
         asked = self.feedback @ features.moments @ self.inward
-        goal = goal + (self.feedback_gates(condition)[..., None, None] * asked).flatten(-2)
+        drift = drift + (self.feedback_gates(condition)[..., None, None] * asked).flatten(-2)
         rms = state.square().mean(-1, keepdim=True).add(1e-6).sqrt()
         tokens = self.token(torch.cat([state / (1 + rms), previous, rms.log(), features.modules], -1))
         tokens = tokens + self.module + condition[:, None]
@@ -155,7 +156,7 @@ class ForwardNetwork(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, task, condition)
         direction, magnitude = self.out(tokens).split([state.shape[-1], 1], -1)
-        return goal, 3 * torch.tanh(direction * torch.exp(magnitude.clamp(-4, 2)) / 3)
+        return drift, 3 * torch.tanh(direction * torch.exp(magnitude.clamp(-4, 2)) / 3)
 
 
 class LogFlowNetwork(nn.Module):

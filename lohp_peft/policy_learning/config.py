@@ -68,7 +68,7 @@ class PolicyLearningConfig:
     num_directions: int = _field(24, "learned directions mixed by the gates")
     hidden_size: int = _field(128, "width of the policy's networks")
     dropout: float = _field(0.2, "dropout on the gates' features")
-    noise_scale: float = _field(0.3, "policy standard deviation over the recorded root-mean-square step")
+    noise_scale: float = _field(1.0, "policy standard deviation over the recorded root-mean-square step")
     max_grad_norm: float = _field(1.0, "gradient norm above which gradients are clipped")
     validate_every: int = _field(250, "training steps between validations")
     validation_episodes: int = _field(48, "episodes of a validation")

@@ -25,7 +25,7 @@ TEMPERATURE_EPISODES = 6
 def episode_features(policy: LoHpPolicy, bank: TaskBank, episodes: Sequence[Episode]) -> TaskFeatures:
     """Features of the episodes' support sets, batched."""
     reference = policy.reference_tensors()
-    return TaskFeatures.stack([bank.features(e.support, e.support_labels, e.n_classes, reference) for e in episodes])
+    return TaskFeatures.stack([bank.features(e.known, e.known_labels, e.n_classes, reference) for e in episodes])
 
 
 @dataclass(frozen=True)

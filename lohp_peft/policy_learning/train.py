@@ -198,9 +198,7 @@ def build_policy(
         tensor.copy_(reference[name])
     generator = torch.Generator().manual_seed(config.seed)
     episodes = [sampler.sample(generator) for _ in range(NORMALIZER_EPISODES)]
-    features = TaskFeatures.stack(
-        [bank.features(e.support, e.support_labels, e.n_classes, reference) for e in episodes]
-    )
+    features = TaskFeatures.stack([bank.features(e.known, e.known_labels, e.n_classes, reference) for e in episodes])
     policy.normalize_set.fit(features.set)
     policy.normalize_labels.fit(features.labels)
     policy.normalize_modules.fit(features.modules.flatten(1))

@@ -45,7 +45,7 @@ class TaskBank:
     def features(
         self, parts: Sequence[tuple[str, Tensor]], labels: Tensor, n_classes: int, reference: Mapping[str, Tensor]
     ) -> TaskFeatures:
-        """Open-loop features of the support rows `parts`, pairs (task name, row indices)."""
+        """Open-loop features of the rows `parts`, pairs (task name, row indices)."""
         statistics = TextStatistics.concatenate([self.statistics[name][rows] for name, rows in parts])
         return task_features(statistics, labels, n_classes, reference)
 

@@ -148,13 +148,13 @@ def support_errors(embeddings: Tensor, labels: Tensor, n_classes: int) -> tuple[
         n_classes: Number of classes.
 
     Returns:
-        Errors, shape (n, d), classes balanced; leave-one-out loss in nats and error rate, scalars.
+        Errors, shape (n, d), of the mean loss over classes; leave-one-out loss in nats and error rate, scalars.
     """
     x = normalize(embeddings.float(), dim=-1)
     head, logits = leave_one_out(x, labels, n_classes)
     wrong = one_hot(labels, n_classes).to(x.dtype) - logits.softmax(-1)
-    count = one_hot(labels, n_classes).sum(0).clamp(min=1)
-    errors = (wrong / count[labels, None]) @ head.weight
+    count = one_hot(labels, n_classes).sum(0)
+    errors = (wrong / (count[labels, None] * (count > 0).sum())) @ head.weight
     errors = errors - (errors * x).sum(-1, keepdim=True) * x  # the length of an embedding does not count
     return errors, cross_entropy(logits, labels), (logits.argmax(-1) != labels).float().mean()
 
@@ -186,7 +186,7 @@ def task_features(
         module_ratios = log_f_ratio(modules.flatten(1), labels, n_classes).view(modules.shape[1:])
         errors, loss, error_rate = support_errors(embeddings, labels, n_classes)
         inputs = pad(modules[..., : statistics.inputs.shape[-1]], (0, 1), value=1.0)
-        moments = torch.einsum("np,nmr->mpr", errors @ reference["axes"], inputs) / len(x)
+        moments = torch.einsum("np,nmr->mpr", errors @ reference["axes"], inputs)
         size = moments.square().mean().sqrt() + 1e-12
         return TaskFeatures(
             set=torch.cat([x.mean(0), (x.var(0, correction=0) + 1e-3).log()]),

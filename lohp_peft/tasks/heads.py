@@ -76,9 +76,12 @@ def leave_one_out(
 ) -> tuple[Head, Tensor]:
     """The ridge head, and every example's class scores under the head solved without it, in closed form.
 
-    The residual of example i without it is `a_i / (G^-1)_ii`, with `a` the dual coefficients and `G` the regularised
-    Gram matrix (Known: Allen's PRESS statistic). Centring and class weights are those of all examples, which is optimistic
-    with few of them: random labels of two classes in 384 dimensions get an error of 0.00 at 2 shots, 0.12 at 4, 0.35 at 8.
+    One example of every class is left out at a time, so that none is missed more than another: leaving out single ones
+    tells a class by its absence from the mean (Ours: random labels of two classes in 384 dimensions then have an error of
+    0.00 at 2 shots, 0.15 at 4, 0.34 at 8; so it is 0.56, 0.56, 0.51). Which ones go together follows from their first
+    coordinate and not from their order. The residuals of a left-out group are `(G^-1)_gg^-1 a_g`, with `a` the dual
+    coefficients and `G` the regularised Gram matrix (Known: Allen's PRESS statistic, by groups); centring and class
+    weights are those of all examples.
 
     Args:
         x: L2-normalised embeddings, shape (n, d).
@@ -90,10 +93,17 @@ def leave_one_out(
     Returns:
         The head, and scores of shape (n, classes).
     """
-    system = _RidgeSystem.of(x, one_hot(labels.to(x.device), n_classes).to(x.dtype), ridge)
+    labels = labels.to(x.device)
+    y = one_hot(labels, n_classes)
+    system = _RidgeSystem.of(x, y.to(x.dtype), ridge)
     inverse = torch.linalg.inv(system.gram)
     dual = inverse @ system.targets
-    predicted = (system.targets - dual / inverse.diagonal()[:, None]) / system.root + system.target_mean
+    order = x[:, 0].argsort(stable=True)
+    group = torch.empty_like(labels)
+    group[order] = y[order].cumsum(0).gather(1, labels[order, None]).squeeze(1)
+    together = torch.where(group[:, None] == group, inverse, torch.zeros_like(inverse))
+    residual = torch.linalg.solve(together, dual)
+    predicted = (system.targets - residual) / system.root + system.target_mean
     scores = torch.where(system.present, predicted, ABSENT)
     return system.head(dual, temperature), scores / temperature
 

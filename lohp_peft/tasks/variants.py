@@ -18,7 +18,10 @@ class Episode:
     """A support and a query set drawn from one or more tasks.
 
     Args:
-        support: Pairs (task name, row indices).
+        known: Pairs (task name, row indices): the rows the policy is conditioned on, the support rows and more, for their
+            features are measured already and cost nothing (Ours: up to as many a class as a user gives).
+        known_labels: Class indices of all of them in that order, shape (k,).
+        support: Pairs (task name, row indices): the rows the head is solved on.
         support_labels: Class indices of all support rows in that order, shape (n,).
         query: Pairs (task name, row indices).
         query_labels: Class indices of all query rows, shape (m,).
@@ -26,6 +29,8 @@ class Episode:
         kind: `"subset"`, `"merge"` or `"contrast"`.
     """
 
+    known: tuple[tuple[str, Tensor], ...]
+    known_labels: Tensor
     support: tuple[tuple[str, Tensor], ...]
     support_labels: Tensor
     query: tuple[tuple[str, Tensor], ...]
@@ -46,7 +51,7 @@ class EpisodeSampler:
         max_classes: Most classes in an episode.
         support_size: Support texts in an episode, at most.
         query_size: Query texts in an episode, at most.
-        max_shots: Support texts per class, at most.
+        max_shots: Support texts per class, at most, and known ones.
 
     Raises:
         ValueError: When a group names an unknown task, or no task has two classes with four rows.
@@ -78,7 +83,8 @@ class EpisodeSampler:
         self.names = list(self.rows)
         whole = {name for name, by_class in self.rows.items() if len(by_class) == int(labels[name].max()) + 1}
         self.groups = [kept for group in groups if len(kept := [n for n in group if n in whole]) > 1]
-        self.contrast, self.merge, self.max_classes = contrast if self.groups else 0.0, merge, max_classes
+        self.contrast = contrast if self.groups else 0.0
+        self.merge, self.max_classes = merge, max_classes
         self.support_size, self.query_size, self.max_shots = support_size, query_size, max_shots
 
     def sample(self, generator: torch.Generator) -> Episode:
@@ -121,22 +127,25 @@ class EpisodeSampler:
         return self._draw(cells, n_classes, "contrast", generator)
 
     def _draw(self, cells, n_classes: int, kind: str, generator: torch.Generator) -> Episode:
-        """Draw disjoint support and query rows, the same number from every cell (task, class)."""
+        """Draw support and query rows, disjoint, and more known ones, the same number from every cell (task, class)."""
         most = max(2, self.max_shots * n_classes // len(cells))
         shots = max(1 if kind == "merge" else 2, min(self.support_size // len(cells), most))
         if shots > 3 and _uniform(generator) < 0.3:
             shots = 2 + _integer(shots - 2, generator)
         asked = max(1, self.query_size // len(cells))
-        parts: tuple[list, list] = ([], [])
-        labels: tuple[list, list] = ([], [])
+        more = shots + _integer(max(most - shots, 0) + 1, generator)
+        parts: tuple[list, list, list] = ([], [], [])
+        labels: tuple[list, list, list] = ([], [], [])
         for (name, rows), label in cells:
             order = rows[torch.randperm(len(rows), generator=generator)]
             first = min(shots, len(order) - 1)
-            for side, part in enumerate((order[:first], order[first : first + asked])):
+            support, query, rest = order[:first], order[first : first + asked], order[first + asked :]
+            known = torch.cat([support, rest[: max(more - first, 0)]])
+            for side, part in enumerate((known, support, query)):
                 parts[side].append((name, part))
                 labels[side].extend([label] * len(part))
-        support, query = (torch.tensor(side) for side in labels)
-        return Episode(tuple(parts[0]), support, tuple(parts[1]), query, n_classes, kind)
+        known, support, query = ((tuple(part), torch.tensor(side)) for part, side in zip(parts, labels, strict=True))
+        return Episode(*known, *support, *query, n_classes, kind)
 
 
 def contrast_groups(tasks: Sequence[Task], max_classes: int = 3) -> list[list[str]]:

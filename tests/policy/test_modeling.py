@@ -22,16 +22,25 @@ def test_without_gates_and_free_moves_the_mean_walks_straight_to_the_start_adapt
     with torch.no_grad():
         policy.forward_network.out.weight.zero_()
         policy.forward_network.out.bias.zero_()
+        policy.forward_network.pull.zero_()
         for gates in (policy.forward_network.gates, policy.forward_network.feedback_gates):
             gates.weight.zero_()
             gates.bias.zero_()
-    goal = policy.forward_network.start * policy.scale
-    mean = policy.forward_policy(state, STEPS, features)
-    expected = state + (goal - state) / (3 - STEPS)[:, None, None]
-    torch.testing.assert_close(mean, expected)
-    torch.testing.assert_close(mean[2], goal)  # the last step arrives
+    end = policy.forward_network.start * policy.scale
+    torch.testing.assert_close(policy.forward_policy(state, STEPS, features), state + end / 3)
     path = rollout(policy, features)[0]
-    torch.testing.assert_close(path, torch.linspace(0, 1, 4)[:, None, None] * goal)
+    torch.testing.assert_close(path, torch.linspace(0, 1, 4)[:, None, None] * end)
+
+
+def test_the_pull_takes_back_a_share_of_the_state(policy, features, state):
+    def pulled(share):
+        with torch.no_grad():
+            policy.forward_network.pull.fill_(share)
+        return policy.forward_policy(state, STEPS, features)
+
+    torch.testing.assert_close(pulled(0.0) - pulled(0.25), 0.25 * state)
+    torch.testing.assert_close(pulled(0.0) - pulled(3.0), state)  # all of it at most
+    torch.testing.assert_close(pulled(0.0), pulled(-1.0))
 
 
 def test_free_moves_are_bounded_in_units_of_the_recorded_step(policy, features, state):
@@ -95,7 +104,7 @@ def test_padding_stays_zero(tasks):
 
 
 def test_sigma_follows_the_recorded_steps(policy):
-    torch.testing.assert_close(policy.sigma(STEPS), 0.3 * policy.step_rms)
+    torch.testing.assert_close(policy.sigma(STEPS), policy.config.noise_scale * policy.step_rms)
 
 
 def test_the_space_must_fit(policy):
@@ -177,18 +186,18 @@ def test_bases_that_do_not_fit_are_refused(policy, tmp_path):
         LoHpPolicy.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("version", "advice"), [(3, "upgrade lohp_peft"), (1, "train the policy again")])
+@pytest.mark.parametrize(("version", "advice"), [(4, "upgrade lohp_peft"), (2, "train the policy again")])
 def test_another_schema_is_refused(policy, tmp_path, version, advice):
     policy.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["schema_version"] == 2
+    assert config["schema_version"] == 3
     (tmp_path / "config.json").write_text(json.dumps({**config, "schema_version": version}))
-    with pytest.raises(ValueError, match=rf"schema version {version}, this lohp_peft reads version 2: {advice}"):
+    with pytest.raises(ValueError, match=rf"schema version {version}, this lohp_peft reads version 3: {advice}"):
         LoHpPolicy.from_pretrained(tmp_path)
 
 
 def test_moments_reach_the_mean_through_the_feedback_alone(policy, features, state):
-    """`gate * feedback @ moments @ inward`, in units of the scale, is all that moments do."""
+    """`gate * feedback @ moments @ inward`, in units of the scale over the steps, is all that moments do."""
     without = TaskFeatures(features.set, features.labels, features.modules, torch.zeros_like(features.moments))
     last = torch.full((3,), policy.config.policy_steps - 1)
     difference = policy.forward_policy(state, last, features) - policy.forward_policy(state, last, without)
@@ -197,7 +206,7 @@ def test_moments_reach_the_mean_through_the_feedback_alone(policy, features, sta
     for i, moments in enumerate(features.moments):
         for m in range(len(moments)):
             core = gates[i, m] * (network.feedback[m] @ moments[m] @ network.inward[m])
-            expected = core.flatten() * policy.scale[m]
+            expected = core.flatten() * policy.scale[m] / policy.config.policy_steps
             torch.testing.assert_close(difference[i, m], expected, atol=1e-4, rtol=1e-3)
     assert difference.abs().amax((1, 2)).min() > 1e-3
 

@@ -94,7 +94,7 @@ def test_statistics_are_joined(statistics):
     assert len(joined) == 24
 
 
-def test_errors_are_the_gradient_of_the_leave_one_out_loss():
+def test_errors_are_the_gradient_of_the_leave_one_out_loss_averaged_over_classes():
     """With the weights of the head held fixed, class-balanced, and normalised embeddings."""
     embeddings, labels = torch.randn(12, 5), torch.tensor([0] * 6 + [1] * 2 + [2] * 4)
     errors, loss, error_rate = support_errors(embeddings, labels, 3)
@@ -105,7 +105,7 @@ def test_errors_are_the_gradient_of_the_leave_one_out_loss():
         row = embeddings[i].clone().requires_grad_(True)
         moved = logits[i] + (torch.nn.functional.normalize(row, dim=0) - x[i]) @ head.weight.T
         (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(moved, labels[i]), row)
-        torch.testing.assert_close(errors[i], -gradient * embeddings[i].norm() / count[i], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(errors[i], -gradient * embeddings[i].norm() / (3 * count[i]), atol=1e-5, rtol=1e-4)
     assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)))
     assert error_rate == pytest.approx(float((logits.argmax(-1) != labels).float().mean()))
 
@@ -117,15 +117,29 @@ def test_errors_vanish_where_the_classes_are_apart():
     assert support_errors(apart, labels, 2)[0].norm() < 0.05 * support_errors(near, labels, 2)[0].norm()
 
 
-def test_moments_are_mean_products_of_error_and_input(statistics, reference):
+def test_moments_are_products_of_error_and_input(statistics, reference):
     found = task_features(statistics, LABELS, 3, reference)
     errors = support_errors(statistics.embeddings, LABELS, 3)[0] @ reference["axes"]
     modules = (statistics.modules - reference["module_mean"]) / reference["module_std"]
     inputs = torch.cat([modules[..., :2], torch.ones(24, 2, 1)], -1)
-    expected = torch.stack([sum(errors[n][:, None] * inputs[n, m] for n in range(24)) / 24 for m in range(2)])
+    expected = torch.stack([sum(errors[n][:, None] * inputs[n, m] for n in range(24)) for m in range(2)])
     size = expected.square().mean().sqrt()
     torch.testing.assert_close(found.moments, expected / size, atol=1e-4, rtol=1e-3)
     assert found.labels[9] == pytest.approx(float(size.log()), abs=1e-3)
+
+
+def test_the_size_of_the_errors_is_that_of_the_task_and_not_of_the_support_set(reference):
+    def size(shots):
+        labels = torch.arange(3).repeat(shots)
+        centres = 0.3 * torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+        embeddings = centres[labels] + torch.randn(len(labels), 10)
+        shifts = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1))
+        statistics = statistics_of(embeddings, shifts[labels] + 0.1 * torch.randn(len(labels), 2, 4))
+        return float(task_features(statistics, labels, 3, reference).labels[9])
+
+    torch.manual_seed(0)
+    few, many = (sum(size(shots) for _ in range(20)) / 20 for shots in (16, 128))
+    assert abs(few - many) < 0.7 < math.log(8)  # which is what a mean over eight times as many would add
 
 
 def test_autocast_does_not_reach_the_features(statistics, reference):

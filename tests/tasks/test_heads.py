@@ -78,7 +78,7 @@ def test_unknown_kind(data):
         solve_head(*data, 3, "svm")
 
 
-def test_leave_one_out_equals_leaving_one_out(data):
+def test_leave_one_out_equals_leaving_one_of_every_class_out(data):
     features, labels = data
     x, y = normalize(features, dim=-1), one_hot(labels, 3).double()
     head, scores = leave_one_out(x, labels, 3, ridge=0.7, temperature=0.1)
@@ -87,9 +87,21 @@ def test_leave_one_out_equals_leaving_one_out(data):
     torch.testing.assert_close(head.bias, solved.bias)
     weight = (15 / 3) / y.sum(0)[labels]  # with the means and class weights of all examples
     mean, target_mean = ((weight[:, None] * z).sum(0) / weight.sum() for z in (x, y))
-    for i in range(15):
-        kept = torch.arange(15) != i
+    by_class = [sorted((labels == c).nonzero().flatten().tolist(), key=lambda i: float(x[i, 0])) for c in range(3)]
+    for number in range(7):
+        left_out = [rows[number] for rows in by_class if number < len(rows)]
+        kept = [i for i in range(15) if i not in left_out]
         design, targets = (x - mean)[kept], (y - target_mean)[kept]
         normal = design.T @ (weight[kept, None] * design) + 0.7 * torch.eye(6, dtype=x.dtype)
         solution = torch.linalg.solve(normal, design.T @ (weight[kept, None] * targets))
-        torch.testing.assert_close(scores[i] * 0.1, (x[i] - mean) @ solution + target_mean)
+        torch.testing.assert_close(scores[left_out] * 0.1, (x[left_out] - mean) @ solution + target_mean)
+
+
+def test_random_labels_look_random_with_few_examples():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(2).repeat(3)
+    errors = []
+    for _ in range(200):
+        x = normalize(torch.randn(6, 384, generator=generator), dim=-1)
+        errors.append((leave_one_out(x, labels, 2)[1].argmax(-1) != labels).float().mean())
+    assert abs(float(torch.stack(errors).mean()) - 0.5) < 0.12

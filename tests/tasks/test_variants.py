@@ -22,7 +22,7 @@ def episodes(count=150, **kwargs):
 
 
 def test_support_and_query_are_disjoint_and_within_bounds():
-    kinds = set()
+    kinds, more = set(), set()
     for episode in episodes(merge=0.5, support_size=24, query_size=16):
         support, query = rows_of(episode.support), rows_of(episode.query)
         assert not set(support) & set(query)
@@ -31,8 +31,15 @@ def test_support_and_query_are_disjoint_and_within_bounds():
         for labels in (episode.support_labels, episode.query_labels):
             assert labels.unique().tolist() == list(range(episode.n_classes))
         assert episode.support_labels.bincount().min() >= 2
+        known = dict(zip(rows_of(episode.known), episode.known_labels.tolist(), strict=True))
+        assert len(known) == len(episode.known_labels)
+        assert not set(known) & set(query)
+        assert [known[row] for row in support] == episode.support_labels.tolist()
+        assert episode.known_labels.bincount().max() <= (16 if episode.kind == "subset" else 20)
+        more.add(len(known) > len(support))
         kinds.add(episode.kind)
     assert kinds == {"subset", "merge", "contrast"}
+    assert more == {False, True}
 
 
 def test_labels_are_those_of_the_rows():
