@@ -75,12 +75,13 @@ class TaskBank:
         owner = torch.repeat_interleave(torch.arange(b * s), torch.tensor(sizes))
         x = self.encoder.embed(EncodedTexts.concatenate(encoded), states.flatten(0, 1), owner).split(sizes)
         losses, accuracies = [], []
-        for i in range(b * s):
-            episode = episodes[i // s]
-            support, query = x[i].split([len(episode.support_labels), len(episode.query_labels)])
-            solved = solve_head(support, episode.support_labels, episode.n_classes, head, ridge=ridge)
-            logits = solved.logits(query)
-            targets = episode.query_labels.to(logits.device)
-            losses.append(cross_entropy(logits, targets))
-            accuracies.append((logits.argmax(-1) == targets).float().mean())
+        with torch.autocast(x[0].device.type, enabled=False):  # the reward is float32, whatever the networks are
+            for i in range(b * s):
+                episode = episodes[i // s]
+                support, query = x[i].split([len(episode.support_labels), len(episode.query_labels)])
+                solved = solve_head(support, episode.support_labels, episode.n_classes, head, ridge=ridge)
+                logits = solved.logits(query)
+                targets = episode.query_labels.to(logits.device)
+                losses.append(cross_entropy(logits, targets))
+                accuracies.append((logits.argmax(-1) == targets).float().mean())
         return torch.stack(losses).view(b, s), torch.stack(accuracies).view(b, s)
