@@ -94,7 +94,7 @@ class Scorer:
         statistics = self.encoder.statistics(self.encoder.prepare(support.texts))
         labels = self.pool.labels(support.targets, labeling)
         features = task_features(statistics, labels, self.pool.size(labeling), self.policy.reference_tensors())
-        return rollout(self.policy, TaskFeatures.stack([features]), amplitude=self.policy.config.amplitude)[0, -1]
+        return rollout(self.policy, TaskFeatures.stack([features]))[0, -1]
 
     @torch.no_grad()
     def accuracy(self, state: Tensor, support: Examples, labeling: str) -> float:

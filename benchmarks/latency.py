@@ -1,5 +1,6 @@
 """Seconds from examples to adapter, generated against AdamW, in one run: `python benchmarks/latency.py`.
 
+First on support sets of about `--sizes` texts of a few tasks, then with `--shots` examples per class on every held-out task.
 Both get the same texts and the same loaded model, and both times hold everything that comes after: tokenizing, features,
 the adapter, and the head solved on the adapted embeddings. Generation is the full product, candidates included. The two
 take turns, and which goes first alternates.
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from setting import RESULTS, describe_policy, environment, load_subject, write_json
-from text_suite import load_tasks
+from text_suite import TEST, load_tasks
 
 from lohp_peft import AdamWBaseline, EvaluationConfig, generate_adapter
 from lohp_peft.tasks import Task
@@ -24,11 +25,10 @@ TASKS = ("cr", "trec", "stackoverflow20", "banking77")
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 
 
-def measure(subject, task: Task, size: int, options) -> dict:
-    """Median seconds of both on a support set of about `size` texts."""
+def measure(subject, task: Task, shots: int, by: str, options) -> dict:
+    """Median seconds of both on a support set of `shots` texts a class."""
     policy, model, tokenizer = subject
-    classes = task.examples.n_classes
-    support = task.draw_support(size // classes, seed=0)
+    support = task.draw_support(shots, seed=0)
     adamw = AdamWBaseline(
         model, tokenizer, policy, steps=options.adamw_steps, learning_rate=options.adamw_learning_rate
     )
@@ -47,12 +47,13 @@ def measure(subject, task: Task, size: int, options) -> dict:
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
     times = {name: median(values) for name, values in seconds.items()}
-    about = {"task": task.name, "classes": classes, "texts": len(support)}
+    about = {"task": task.name, "classes": task.examples.n_classes, "texts": len(support), "by": by}
     return {**about, **times, "ratio": times["adamw"] / times["generated"], "all_seconds": seconds}
 
 
 def summarise(rows: Sequence[dict]) -> dict:
-    """The median ratio of all settings, and by class count and size."""
+    """The ratio of the median held-out task, the median of all sizes, by class count, and the slowest generations."""
+    sizes, tasks = ([row["ratio"] for row in rows if row["by"] == by] for by in ("size", "shots"))
 
     def ratios(key: str) -> dict[str, float]:
         values = sorted({row[key] for row in rows})
@@ -62,7 +63,8 @@ def summarise(rows: Sequence[dict]) -> dict:
         return max((row["generated"] for row in rows if row["texts"] <= limit), default=None)
 
     return {
-        "ratio_median": median(row["ratio"] for row in rows),
+        "ratio_of_the_median_task": median(tasks) if tasks else None,
+        "ratio_of_the_median_size": median(sizes) if sizes else None,
         "ratio_by_classes": ratios("classes"),
         "slowest_generated_up_to_64_texts": slowest(64),
         "slowest_generated_up_to_256_texts": slowest(256),
@@ -77,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--tasks", nargs="+", default=list(TASKS), metavar="NAME", help="tasks of different class counts"
     )
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), metavar="TEXTS", help="support sizes")
+    parser.add_argument("--shots", type=int, default=16, help="examples per class on the held-out tasks")
+    parser.add_argument("--held-out", nargs="*", default=list(TEST), metavar="NAME", help="held-out tasks")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each, after one that warms up")
     parser.add_argument("--adamw-steps", type=int, default=EvaluationConfig().adamw_steps)
     parser.add_argument("--adamw-learning-rate", type=float, default=EvaluationConfig().adamw_learning_rate)
@@ -86,16 +90,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     subject = load_subject(options.policy, options.base_model)
-    settings = [(task, size) for task in load_tasks(options.tasks) for size in options.sizes]
-    settings = [(task, size) for task, size in settings if size >= 2 * task.examples.n_classes]
-    rows = [
-        measure(subject, task, size, options)
-        for task, size in track(settings, "settings", console=Console(stderr=True))
+    sizes = [
+        (task, size // task.examples.n_classes, "size") for task in load_tasks(options.tasks) for size in options.sizes
     ]
+    sizes = [setting for setting in sizes if setting[1] >= 2]
+    settings = sizes + [(task, options.shots, "shots") for task in load_tasks(options.held_out)]
+    rows = [measure(subject, *one, options) for one in track(settings, "settings", console=Console(stderr=True))]
     result = {
         "benchmark": "latency",
         "settings": {
             "repeats": options.repeats,
+            "shots": options.shots,
             "adamw_steps": options.adamw_steps,
             "threads": torch.get_num_threads(),
             "policy": describe_policy(subject[0]),
@@ -110,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{row['classes']:3} classes {row['texts']:4} texts: generated {row['generated']:.2f} s, "
             f"AdamW {row['adamw']:.2f} s, ratio {row['ratio']:.1f}"
         )
-    print(f"median ratio {result['ratio_median']:.1f}")
+    print({name: result[name] for name in summarise(rows)})
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def describe_policy(policy: LoHpPolicy) -> dict[str, Any]:
     for name, tensor in sorted(policy.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    about = {name: getattr(policy.config, name) for name in ("preset", "policy_steps", "amplitude")}
+    about = {name: getattr(policy.config, name) for name in ("preset", "policy_steps")}
     return {**about, "sha256": digest.hexdigest()}
 
 

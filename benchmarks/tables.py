@@ -108,9 +108,24 @@ def contrast(result: Mapping[str, Any]) -> str:
 
 
 def latency(result: Mapping[str, Any]) -> str:
-    """One row a setting."""
+    """A few tasks, one row a size of the support set."""
+    settings = result["settings"]
+    names = {"task": f"median held-out task at {settings['shots']} a class", "size": "median of these sizes"}
+    medians = [
+        f"{name} {ratio:.1f}" for what, name in names.items() if (ratio := result[f"ratio_of_the_median_{what}"])
+    ]
+    note = (
+        f"Median of {settings['repeats']} alternating calls, {settings['threads']} threads; AdamW takes "
+        f"{settings['adamw_steps']} steps. Ratio: {', '.join(medians)}. {where(result)}"
+    )
+    return f"{latency_tasks(result, 'size')}\n\n{note}"
+
+
+def latency_tasks(result: Mapping[str, Any], by: str = "shots") -> str:
+    """Every held-out task at the same number of examples per class."""
     rows = [
         (
+            row["task"],
             str(row["classes"]),
             str(row["texts"]),
             f"{row['generated']:.2f}",
@@ -118,13 +133,9 @@ def latency(result: Mapping[str, Any]) -> str:
             f"{row['ratio']:.1f}",
         )
         for row in result["rows"]
+        if row["by"] == by
     ]
-    settings = result["settings"]
-    note = (
-        f"Median of {settings['repeats']} alternating calls, {settings['threads']} threads; AdamW takes "
-        f"{settings['adamw_steps']} steps. Median ratio {result['ratio_median']:.1f}. {where(result)}"
-    )
-    return f"{table(('classes', 'texts', 'generated, s', 'AdamW, s', 'ratio'), rows)}\n\n{note}"
+    return table(("task", "classes", "texts", "generated, s", "AdamW, s", "ratio"), rows)
 
 
 def adamw(result: Mapping[str, Any]) -> str:
@@ -134,17 +145,6 @@ def adamw(result: Mapping[str, Any]) -> str:
     best = result["best"]
     note = f"{len(result['tasks'])} validation tasks; taken: {best['steps']} steps at {best['learning_rate']:g}."
     return f"{table(('learning rate', *(f'{step} steps' for step in steps)), rows)}\n\n{note}"
-
-
-def amplitude(result: Mapping[str, Any]) -> str:
-    """Validation accuracy by amplitude."""
-    accuracy = dict(result["accuracy"])
-    none, mean = accuracy.pop("0"), accuracy.pop("mean adapter")
-    header = ("", "no adapter", "mean adapter", *(f"generated x {name}" for name in accuracy))
-    row = ("accuracy, %", percent(none), percent(mean), *map(percent, accuracy.values()))
-    settings = result["settings"]
-    note = f"{len(result['tasks'])} validation tasks, {settings['draws']} draws; taken: {result['amplitude']:g}. {where(result)}"
-    return f"{table(header, [row])}\n\n{note}"
 
 
 def recorder(result: Mapping[str, Any]) -> str:
@@ -173,8 +173,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "few_shot_validation": ("few_shot_validation", few_shot),
     "contrast": ("contrast", contrast),
     "latency": ("latency", latency),
+    "latency_tasks": ("latency", latency_tasks),
     "adamw": ("adamw", adamw),
-    "amplitude": ("amplitude", amplitude),
     "recorder": ("recorder", recorder),
     "subtb": ("subtb", subtb),
 }

@@ -132,7 +132,6 @@ class CandidateSet:
             generator=generators,
             measure=measure,
             policy_steps=self.config.policy_steps,
-            amplitude=self.policy.config.amplitude,
         )
 
     def _rolled_out(self, features: TaskFeatures, rows: list[Tensor], path: Tensor | None = None) -> dict[str, Tensor]:

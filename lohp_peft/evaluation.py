@@ -198,7 +198,7 @@ class _TaskEvaluation:
             if name == "wrong_task":
                 index = reference.wrong_task(self.task.family, self.task.name, seed, reference.nearest(features))
                 features, extra = reference.task_features(index), {"task": reference.names[index]}
-            state = rollout(policy, TaskFeatures.stack([features]), amplitude=policy.config.amplitude)[0, -1]
+            state = rollout(policy, TaskFeatures.stack([features]))[0, -1]
         return state, self._head(encoded, state, support), extra
 
     def _head(self, encoded: EncodedTexts, state: Tensor, support: Examples) -> Head:

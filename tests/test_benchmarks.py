@@ -117,9 +117,12 @@ def test_latency(scripts, subject, tmp_path, monkeypatch):
     monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", ["cr"])))
     latency = scripts("latency")
     line = [*subject, "--tasks", "cr", "--sizes", "2", "4", "8", "--repeats", "2", "--adamw-steps", "1"]
+    line += ["--held-out", "cr", "--shots", "3"]
     latency.main([*line, "--output", str(tmp_path / "result.json")])
     result = result_of(tmp_path / "result.json")
-    assert [row["texts"] for row in result["rows"]] == [4, 8]  # two texts are fewer than two a class
+    assert [row["texts"] for row in result["rows"]] == [4, 8, 6]  # two texts are fewer than two a class
+    assert result["ratio_of_the_median_task"] == result["rows"][-1]["ratio"]
+    assert result["ratio_of_the_median_size"] == pytest.approx(fmean(row["ratio"] for row in result["rows"][:2]))
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(row["adamw"] / row["generated"])
         assert len(row["all_seconds"]["adamw"]) == len(row["all_seconds"]["generated"]) == 2

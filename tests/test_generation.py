@@ -331,14 +331,3 @@ def test_a_peft_model_gives_what_its_base_model_gives(generate, policy, encoder)
                 parameter.add_(1.0)
     made = generate_adapter(policy, wrapped, encoder.tokenizer, SUPPORTS[0])
     assert_same(made, expected, exact=False)
-
-
-def test_the_policys_amplitude_scales_adapter_and_path(policy, encoder, generate):
-    config = GenerationConfig(choose=False)
-    whole = generate(SUPPORTS[:1], config)[0]
-    scaled = copy.deepcopy(policy)
-    scaled.set_space(policy.space)
-    scaled.config.amplitude = 0.5
-    half = generate(SUPPORTS[:1], config, policy=scaled)[0]
-    torch.testing.assert_close(half.state, 0.5 * whole.state)
-    torch.testing.assert_close(half.path, 0.5 * whole.path)

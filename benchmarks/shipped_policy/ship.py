@@ -1,6 +1,6 @@
 """Put a trained policy where the package finds it, with its card: `python benchmarks/shipped_policy/ship.py POLICY`.
 
-Its amplitude is the one that `amplitude.py` chose on validation tasks. The card's results are those of
+The card's results are those of
 `benchmarks/results/few_shot.json`, if they are of this policy.
 """
 
@@ -32,8 +32,6 @@ if __name__ == "__main__":
         for name in FILES:
             shutil.copyfile(source / name, TARGET / name)
     policy = LoHpPolicy.from_pretrained(TARGET)
-    policy.config.amplitude = json.loads((RESULTS / "amplitude.json").read_text())["amplitude"]
-    policy.config.save_pretrained(TARGET)
     few_shot = json.loads((RESULTS / "few_shot.json").read_text())
     results = None
     if few_shot["settings"]["policy"] == describe_policy(policy):

@@ -34,8 +34,6 @@ class LoHpPolicyConfig(PretrainedConfig):
         optimizers (`list[str]`): Recorded optimizers the policy can imitate; token 0 is "none in particular".
         noise_scale (`float`): Policy standard deviation as a share of the recorded root-mean-square step
             (Ours: 1.0, about what a clone leaves unexplained; at 0.3 residuals of SubTB were 1e8 nats²).
-        amplitude (`float`): Factor of a rollout's states at generation; training knows nothing of it (Ours: one number,
-            chosen on validation tasks once the policy is trained).
         reads_previous (`bool`): Whether the mean depends on the previous move; off where a backward policy is the
             reference, under which such a mean would be all but certain.
         preset (`str`): How the policy was trained.
@@ -68,7 +66,6 @@ class LoHpPolicyConfig(PretrainedConfig):
         state_shape: list[int] | None = None,
         optimizers: list[str] | None = None,
         noise_scale: float = 1.0,
-        amplitude: float = 1.0,
         reads_previous: bool = True,
         preset: str = "",
         provenance: dict[str, Any] | None = None,
@@ -94,8 +91,6 @@ class LoHpPolicyConfig(PretrainedConfig):
                 f"Policy sizes must be positive integers and `hidden_size` a multiple of `num_heads`; got {wrong or ''} "
                 f"hidden_size={hidden_size}, num_heads={num_heads}."
             )
-        if not amplitude > 0:
-            problems.append(f"`amplitude` must be above 0, got {amplitude}.")
         if problems:
             raise ValueError(" ".join(problems))
         self.layout = layout or {"modules": []}
@@ -109,7 +104,7 @@ class LoHpPolicyConfig(PretrainedConfig):
         self.num_directions, self.dropout = num_directions, dropout
         self.state_shape = list(state_shape or [1, 1])
         self.optimizers = list(optimizers or [])
-        self.noise_scale, self.amplitude, self.reads_previous = noise_scale, amplitude, reads_previous
+        self.noise_scale, self.reads_previous = noise_scale, reads_previous
         self.preset, self.provenance = preset, dict(provenance or {})
         self.schema_version = schema_version
         super().__init__(**kwargs)

@@ -21,7 +21,6 @@ def rollout(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     measure: Measure | None = None,
     policy_steps: int | None = None,
-    amplitude: float = 1.0,
 ) -> Tensor:
     """States of a rollout, shape (batch, steps + 1, modules, width); differentiable in the policy when noise-free.
 
@@ -36,8 +35,6 @@ def rollout(
         measure: Closed loop: called with the states (batch, modules, width) and the step, returns the features
             measured at the current adapters. `None` is open loop.
         policy_steps: Stop after this many steps in all; `None` for the policy's own number.
-        amplitude: Factor of the states returned; the policy itself walks on unscaled ones. Generation takes that of
-            `policy.config`.
 
     Raises:
         ValueError: When `policy_steps` is not in 1..K, or the prefix is longer than that.
@@ -60,8 +57,7 @@ def rollout(
         if noise > 0:
             following = following + noise * policy.sigma(step) * _normal(following, generator) * policy.state_mask
         states.append(following)
-    path = torch.stack(states, 1)
-    return path if amplitude == 1.0 else amplitude * path
+    return torch.stack(states, 1)
 
 
 def _normal(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lohp_peft.tasks.features import TextStatistics
 
 POOLINGS = ("mean", "first", "last")
 LEAST_CHUNK = 8
+_FINGERPRINTS: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,16 @@ class EncodedTexts:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """SHA-256 of a tokenizer's class-independent behaviour: its vocabulary, in order."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+    """SHA-256 of a tokenizer's class-independent behaviour: its vocabulary, in order.
+
+    Kept for each tokenizer as long as the size of its vocabulary stays (a seventh of a small generation's time; Ours).
+    """
+    size, found = _FINGERPRINTS.get(tokenizer, (None, ""))
+    if size != len(tokenizer):
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        found = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+        _FINGERPRINTS[tokenizer] = len(tokenizer), found
+    return found
 
 
 def _inverse(chunks: Sequence[Tensor]) -> Tensor:

@@ -220,7 +220,5 @@ def test_unknown_names(name):
 def test_config_errors_list_all():
     with pytest.raises(ValueError, match="'r': 0, 'policy_steps': 0"):
         LoHpPolicyConfig(r=0, policy_steps=0)
-    with pytest.raises(ValueError, match="`amplitude` must be above 0, got 0"):
-        LoHpPolicyConfig(amplitude=0)
     with pytest.raises(ValueError, match="hidden_size=10, num_heads=4"):
         LoHpPolicyConfig(hidden_size=10)

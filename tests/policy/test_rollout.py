@@ -87,8 +87,3 @@ def test_errors(policy, features):
             rollout(policy, features, policy_steps=steps)
     with pytest.raises(ValueError, match=r"`prefix` must hold 1..4 states, got 5"):
         rollout(policy, features, prefix=torch.zeros(3, 5, *policy.config.state_shape))
-
-
-def test_the_amplitude_scales_what_is_returned_but_not_the_walk(policy, features):
-    path = rollout(policy, features)
-    torch.testing.assert_close(rollout(policy, features, amplitude=0.7), 0.7 * path)

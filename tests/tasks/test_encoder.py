@@ -235,4 +235,7 @@ def test_the_tokenizers_fingerprint_is_its_vocabulary():
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(build_tokenizer())
     swapped = [*WORDS[:-2], WORDS[-1], WORDS[-2]]
     other = BertTokenizer(vocab={word: i for i, word in enumerate(swapped)})
-    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+    before = tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(other) != before
+    tokenizer.add_tokens(["a new one"])
+    assert tokenizer_fingerprint(tokenizer) != before
