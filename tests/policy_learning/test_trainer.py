@@ -132,7 +132,7 @@ def test_behaviour_cloning_recovers_a_known_trajectory(build_trainer, encoder):
     runs = [build_trajectory(encoder.space, task=name) for name in ("spam", "ham", "mood")]  # one and the same path
     recordings = Recordings.from_trajectories(runs, 3)
     trainer = build_trainer(
-        preset="behaviour_cloning", recordings=recordings, cloning_steps=200, learning_rate=0.02, dropout=0.0
+        preset="behaviour_cloning", recordings=recordings, cloning_steps=600, learning_rate=0.02, dropout=0.0
     )
     policy, goal = trainer.policy, recordings.states[0]
     features = trainer._features(trainer._episodes("test", 3))
