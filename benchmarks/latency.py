@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = [setting for setting in sizes if setting[1] >= 2]
     settings = sizes + [(task, options.shots, "shots") for task in load_tasks(options.held_out)]
     rows = [measure(subject, *one, options) for one in track(settings, "settings", console=Console(stderr=True))]
+    summary = summarise(rows)
     result = {
         "benchmark": "latency",
         "settings": {
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "policy": describe_policy(subject[0]),
         },
         "environment": environment(),
-        **summarise(rows),
+        **summary,
         "rows": rows,
     }
     write_json(options.output, result)
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{row['classes']:3} classes {row['texts']:4} texts: generated {row['generated']:.2f} s, "
             f"AdamW {row['adamw']:.2f} s, ratio {row['ratio']:.1f}"
         )
-    print({name: result[name] for name in summarise(rows)})
+    print(summary)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Put a trained policy where the package finds it, with its card: `python benchmarks/shipped_policy/ship.py POLICY`.
 
-The card's results are those of
-`benchmarks/results/few_shot.json`, if they are of this policy.
+The card's results are those of `benchmarks/results/few_shot.json`, if they are of this policy.
 """
 
 import json

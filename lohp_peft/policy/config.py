@@ -33,7 +33,7 @@ class LoHpPolicyConfig(PretrainedConfig):
         state_shape (`list[int]`): Modules and width of a state.
         optimizers (`list[str]`): Recorded optimizers the policy can imitate; token 0 is "none in particular".
         noise_scale (`float`): Policy standard deviation as a share of the recorded root-mean-square step
-            (Ours: 1.0, about what a clone leaves unexplained; at 0.3 residuals of SubTB were 1e8 nats²).
+            (Ours: squared residuals of SubTB were 1e8 nats² at 0.3 and 3e6 at 1.0, in preset `lohp+path`).
         reads_previous (`bool`): Whether the mean depends on the previous move; off where a backward policy is the
             reference, under which such a mean would be all but certain.
         preset (`str`): How the policy was trained.
@@ -85,14 +85,11 @@ class LoHpPolicyConfig(PretrainedConfig):
             "principal_directions": principal_directions,
         }
         wrong = {name: value for name, value in sizes.items() if not isinstance(value, int) or value < 1}
-        problems = []
         if wrong or hidden_size % num_heads:
-            problems.append(
+            raise ValueError(
                 f"Policy sizes must be positive integers and `hidden_size` a multiple of `num_heads`; got {wrong or ''} "
                 f"hidden_size={hidden_size}, num_heads={num_heads}."
             )
-        if problems:
-            raise ValueError(" ".join(problems))
         self.layout = layout or {"modules": []}
         self.space_kind, self.r = space_kind, r
         self.base_model_name, self.base_fingerprint = base_model_name, base_fingerprint

@@ -83,8 +83,7 @@ class EpisodeSampler:
         self.names = list(self.rows)
         whole = {name for name, by_class in self.rows.items() if len(by_class) == int(labels[name].max()) + 1}
         self.groups = [kept for group in groups if len(kept := [n for n in group if n in whole]) > 1]
-        self.contrast = contrast if self.groups else 0.0
-        self.merge, self.max_classes = merge, max_classes
+        self.contrast, self.merge, self.max_classes = contrast if self.groups else 0.0, merge, max_classes
         self.support_size, self.query_size, self.max_shots = support_size, query_size, max_shots
 
     def sample(self, generator: torch.Generator) -> Episode:
