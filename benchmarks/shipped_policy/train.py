@@ -4,23 +4,23 @@
 import json
 import os
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from setting import environment
 from text_suite import CONTRAST_VALIDATION, VALIDATION, contrast_tasks, load_tasks, training_encoder, training_tasks
 
 from lohp_peft.policy_learning import PolicyLearningConfig, train_policy
 from lohp_peft.trajectories import TrajectoryDataset
 
 DEFAULTS = {
-    "batch_size": 8,
+    "batch_size": 6,
     "cloning_steps": 120,
-    "training_steps": 800,
+    "training_steps": 600,
     "validate_every": 100,
-    "validation_episodes": 64,
+    "validation_episodes": 96,
     "rows_per_task": 300,
     "subtb_weight": 0.05,
     "cloning_weight": 0.02,
@@ -30,7 +30,6 @@ if __name__ == "__main__":
     trajectories, output, start = Path(sys.argv[1]), Path(sys.argv[2]), time.perf_counter()
     given = dict(pair.split("=", 1) for pair in sys.argv[3:])
     config = PolicyLearningConfig(**{**DEFAULTS, **{key: json.loads(value) for key, value in given.items()}})
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     dataset = TrajectoryDataset.open(trajectories)
     policy = train_policy(
         training_tasks(),
@@ -39,7 +38,7 @@ if __name__ == "__main__":
         output,
         config,
         validation_tasks=load_tasks(VALIDATION) + contrast_tasks([CONTRAST_VALIDATION]),
-        provenance={"commit": commit.stdout.strip(), "overlap_groups": "kept on one side"},
+        provenance={"commit": environment()["commit"], "overlap_groups": "kept on one side"},
     )
     record = {
         "stage": "policy learning",

@@ -59,6 +59,8 @@ class PolicyLearningConfig:
     path_prefix_weight: float = _field(0.0, "share of the pathwise loss on the states before the last (any-time)")
     kl_target: float = _field(3.0, "nats per trajectory that set the temperature")
     robust_delta: float = _field(20.0, "residual, in nats, beyond which SubTB is linear")
+    support_size: int = _field(96, "most support texts of an episode; sets memory, with batch_size")
+    max_classes: int = _field(20, "most classes of an episode")
     contrast: float = _field(0.3, "share of episodes with conflicting labelings of the same texts")
     optimizer_dropout: float = _field(0.3, "probability that the optimizer token is hidden")
     rows_per_task: int = _field(500, "texts kept per task")
@@ -88,6 +90,7 @@ class PolicyLearningConfig:
             ("batch_size", "recorded_batch_size", "on_policy_every", "policy_steps", "buffer_size"), 1
         )
         least |= dict.fromkeys(("validate_every", "validation_episodes", "save_every", "rows_per_task"), 1)
+        least |= {"support_size": 4, "max_classes": 2}
         least["rollouts_per_task"] = 2  # whose spread sets the temperature
         for name, low in least.items():
             if getattr(self, name) < low:

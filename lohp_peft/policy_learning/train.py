@@ -128,11 +128,12 @@ def train_policy(
         for task in [*tasks, *validation_tasks]:
             (bank if task in tasks else held_out).add(task)
             progress.advance(bar)
-        sampler = EpisodeSampler(bank.labels, contrast_groups(tasks), contrast=config.contrast)
+        size = {"support_size": config.support_size, "max_classes": config.max_classes}
+        sampler = EpisodeSampler(bank.labels, contrast_groups(tasks), contrast=config.contrast, **size)
         policy = build_policy(encoder, bank, recordings, sampler, dataset, config)
         validation = None
         if validation_tasks:
-            source = EpisodeSampler(held_out.labels, contrast_groups(validation_tasks), contrast=0.2)
+            source = EpisodeSampler(held_out.labels, contrast_groups(validation_tasks), contrast=0.2, **size)
             generator = torch.Generator().manual_seed(config.seed)
             validation = held_out, [source.sample(generator) for _ in range(config.validation_episodes)]
         history: list[dict[str, float]] = []

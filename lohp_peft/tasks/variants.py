@@ -48,8 +48,9 @@ class EpisodeSampler:
             class of fewer than four rows are left out.
         contrast: Share of contrast episodes (Ours: 0.3, DESIGN measurements).
         merge: Share of the remaining episodes whose classes are merged into two or three.
-        max_classes: Most classes in an episode.
-        support_size: Support texts in an episode, at most.
+        max_classes: Most classes in an episode (Ours: a policy that had seen at most 6 did harm at 20 and more).
+        support_size: Support texts in an episode, at most (Ours: with 30, five or six classes had far fewer shots than
+            users give, and the policy was taught to be bolder than their examples allow).
         query_size: Query texts in an episode, at most.
         max_shots: Support texts per class, at most, and known ones.
 
@@ -64,8 +65,8 @@ class EpisodeSampler:
         *,
         contrast: float = 0.3,
         merge: float = 0.15,
-        max_classes: int = 6,
-        support_size: int = 30,
+        max_classes: int = 20,
+        support_size: int = 96,
         query_size: int = 24,
         max_shots: int = 16,
     ) -> None:
