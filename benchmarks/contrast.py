@@ -145,7 +145,8 @@ def _train(policy, bank, sampler, groups, labelings, validation: Scorer, options
         for parameters in optimizer.param_groups:
             parameters["lr"] = options.learning_rate * 0.5 * (1 + math.cos(math.pi * step / options.steps))
         states = state.expand(len(episodes), 1, *state.shape)
-        losses, _ = bank.episode_losses(episodes, states, head=policy.config.head, ridge=policy.config.ridge)
+        settings = {"head": policy.config.head, "ridge": policy.config.ridge, "calibrated": True}
+        losses, _ = bank.episode_losses(episodes, states, **settings)
         optimizer.zero_grad()
         losses.mean().backward()
         optimizer.step()

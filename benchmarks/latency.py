@@ -2,13 +2,14 @@
 
 First on support sets of about `--sizes` texts of a few tasks, then with `--shots` examples per class on every held-out task.
 Both get the same texts and the same loaded model, and both times hold everything that comes after: tokenizing, features,
-the adapter, and the head solved on the adapted embeddings. Generation is the full product, candidates included. The two
-take turns, and which goes first alternates.
+the adapter, and the head solved on the adapted embeddings. Generation is the full product, candidates included. All take
+turns, in an order that alternates, each in float32 and in bfloat16.
 """
 
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -18,10 +19,11 @@ from rich.progress import track
 from setting import RESULTS, describe_policy, environment, load_subject, write_json
 from text_suite import TEST, load_tasks
 
-from lohp_peft import AdamWBaseline, EvaluationConfig, generate_adapter
+from lohp_peft import AdamWBaseline, EvaluationConfig, GenerationConfig, generate_adapter
 from lohp_peft.tasks import Task
 
 TASKS = ("cr", "trec", "stackoverflow20", "banking77")
+SUFFIXES = ("", "_bf16")
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 
 
@@ -29,18 +31,20 @@ def measure(subject, task: Task, shots: int, by: str, options) -> dict:
     """Median seconds of both on a support set of `shots` texts a class."""
     policy, model, tokenizer = subject
     support = task.draw_support(shots, seed=0)
-    adamw = AdamWBaseline(
-        model, tokenizer, policy, steps=options.adamw_steps, learning_rate=options.adamw_learning_rate
-    )
-    calls = {
-        "generated": lambda: generate_adapter(policy, model, tokenizer, support),
-        "adamw": lambda: adamw.fit(support, seed=0),
-    }
+    calls = {}
+    for suffix, precision, dtype in (("", "no", None), ("_bf16", "bf16", torch.bfloat16)):
+        settings = {"steps": options.adamw_steps, "learning_rate": options.adamw_learning_rate, "dtype": dtype}
+        adamw, config = (
+            AdamWBaseline(model, tokenizer, policy, **settings),
+            GenerationConfig(mixed_precision=precision),
+        )
+        calls[f"generated{suffix}"] = partial(generate_adapter, policy, model, tokenizer, support, config)
+        calls[f"adamw{suffix}"] = partial(adamw.fit, support, seed=0)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(options.repeats + 1):
         order = list(calls) if repeat % 2 else list(calls)[::-1]
         for name in order:
-            if repeat == 0 and name == "adamw":
+            if repeat == 0 and name.startswith("adamw"):
                 continue  # generation alone warms the caches up
             start = time.perf_counter()
             calls[name]()
@@ -48,19 +52,20 @@ def measure(subject, task: Task, shots: int, by: str, options) -> dict:
                 seconds[name].append(time.perf_counter() - start)
     times = {name: median(values) for name, values in seconds.items()}
     about = {"task": task.name, "classes": task.examples.n_classes, "texts": len(support), "by": by}
-    return {**about, **times, "ratio": times["adamw"] / times["generated"], "all_seconds": seconds}
+    ratios = {f"ratio{suffix}": times[f"adamw{suffix}"] / times[f"generated{suffix}"] for suffix in SUFFIXES}
+    return {**about, **times, **ratios, "all_seconds": seconds}
 
 
-def summarise(rows: Sequence[dict]) -> dict:
+def summarise(rows: Sequence[dict], suffix: str = "") -> dict:
     """The ratio of the median held-out task, the median of all sizes, by class count, and the slowest generations."""
-    sizes, tasks = ([row["ratio"] for row in rows if row["by"] == by] for by in ("size", "shots"))
+    sizes, tasks = ([row[f"ratio{suffix}"] for row in rows if row["by"] == by] for by in ("size", "shots"))
 
     def ratios(key: str) -> dict[str, float]:
         values = sorted({row[key] for row in rows})
-        return {str(value): median(row["ratio"] for row in rows if row[key] == value) for value in values}
+        return {str(value): median(row[f"ratio{suffix}"] for row in rows if row[key] == value) for value in values}
 
     def slowest(limit: int) -> float | None:
-        return max((row["generated"] for row in rows if row["texts"] <= limit), default=None)
+        return max((row[f"generated{suffix}"] for row in rows if row["texts"] <= limit), default=None)
 
     return {
         "ratio_of_the_median_task": median(tasks) if tasks else None,
@@ -96,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = [setting for setting in sizes if setting[1] >= 2]
     settings = sizes + [(task, options.shots, "shots") for task in load_tasks(options.held_out)]
     rows = [measure(subject, *one, options) for one in track(settings, "settings", console=Console(stderr=True))]
-    summary = summarise(rows)
+    summary = {**summarise(rows), "bf16": summarise(rows, "_bf16")}
     result = {
         "benchmark": "latency",
         "settings": {
@@ -114,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows:
         print(
             f"{row['classes']:3} classes {row['texts']:4} texts: generated {row['generated']:.2f} s, "
-            f"AdamW {row['adamw']:.2f} s, ratio {row['ratio']:.1f}"
+            f"AdamW {row['adamw']:.2f} s, ratio {row['ratio']:.1f}; in bfloat16 {row['generated_bf16']:.2f} s, "
+            f"{row['adamw_bf16']:.2f} s, {row['ratio_bf16']:.1f}"
         )
     print(summary)
 

@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parent
 SUITES = {
     "few_shot": ("few_shot.py", "{work}/few_shot", "--processes", "2"),
     "few_shot_validation": ("few_shot.py", "{work}/few_shot_validation", "--split", "validation", "--processes", "2"),
+    "compare": ("compare.py", "{work}/compare", "--processes", "2"),
     "contrast": ("contrast.py",),
     "latency": ("latency.py",),
     "recorder": ("recorder/run.py",),

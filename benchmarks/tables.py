@@ -92,6 +92,32 @@ def few_shot_tasks(result: Mapping[str, Any]) -> str:
     return table(("task", "family", "classes", *(method.replace("_", " ") for method in methods)), rows)
 
 
+def compare(result: Mapping[str, Any]) -> str:
+    """The field beside ours, one table for each number of examples."""
+    settings, parts = result["settings"], []
+    for shots, methods in result["shots"].items():
+        rows = []
+        for name, row in methods.items():
+            less = row.get("ours_minus_it")
+            difference = f"{signed(less['mean'])} [{signed(less['low'])}, {signed(less['high'])}]" if less else ""
+            title = name.replace("_", " ").replace(" | ", ", control: ")
+            rows.append(
+                (title, percent(row["accuracy"]), percent(row["macro_f1"]), difference, f"{row['seconds']:.2f}")
+            )
+        header = (f"{shots} examples per class", "accuracy, %", "macro F1, %", "ours minus it [95 %]", "seconds")
+        parts.append(table(header, rows))
+    trained = ", ".join(
+        f"{name.replace('_', ' ')} {cost['minutes']:.0f} min" for name, cost in result["trained"].items()
+    )
+    budget = settings["budget"]
+    note = (
+        f"{len(result['tasks'])} {'held-out' if settings['split'] == 'test' else settings['split']} tasks, {settings['draws']} draws. "
+        f"Trained methods: {budget['steps']} steps of {budget['batch_size']} episodes through the base model ({trained}). Seconds are "
+        f"for choosing adapter and head once the examples' features are there. {where(result)}"
+    )
+    return "\n\n".join([*parts, note])
+
+
 def contrast(result: Mapping[str, Any]) -> str:
     """Both labelings side by side."""
     labelings, settings = result["labelings"], result["settings"]
@@ -112,7 +138,9 @@ def latency(result: Mapping[str, Any]) -> str:
     settings = result["settings"]
     names = {"task": f"median held-out task at {settings['shots']} a class", "size": "median of these sizes"}
     medians = [
-        f"{name} {ratio:.1f}" for what, name in names.items() if (ratio := result[f"ratio_of_the_median_{what}"])
+        f"{name} {result[key]:.1f} ({result['bf16'][key]:.1f} in bfloat16)"
+        for what, name in names.items()
+        if result[key := f"ratio_of_the_median_{what}"]
     ]
     note = (
         f"Median of {settings['repeats']} alternating calls, {settings['threads']} threads; AdamW takes "
@@ -123,19 +151,20 @@ def latency(result: Mapping[str, Any]) -> str:
 
 def latency_tasks(result: Mapping[str, Any], by: str = "shots") -> str:
     """Every held-out task at the same number of examples per class."""
+    columns = {"generated": ".2f", "adamw": ".2f", "ratio": ".1f"}
+    columns |= {f"{name}_bf16": form for name, form in columns.items()}
     rows = [
         (
             row["task"],
             str(row["classes"]),
             str(row["texts"]),
-            f"{row['generated']:.2f}",
-            f"{row['adamw']:.2f}",
-            f"{row['ratio']:.1f}",
+            *(format(row[name], form) for name, form in columns.items()),
         )
         for row in result["rows"]
         if row["by"] == by
     ]
-    return table(("task", "classes", "texts", "generated, s", "AdamW, s", "ratio"), rows)
+    times = ("generated, s", "AdamW, s", "ratio")
+    return table(("task", "classes", "texts", *times, *(f"{name} (bf16)" for name in times)), rows)
 
 
 def adamw(result: Mapping[str, Any]) -> str:
@@ -171,6 +200,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "few_shot": ("few_shot", few_shot),
     "few_shot_tasks": ("few_shot", few_shot_tasks),
     "few_shot_validation": ("few_shot_validation", few_shot),
+    "compare": ("compare", compare),
     "contrast": ("contrast", contrast),
     "latency": ("latency", latency),
     "latency_tasks": ("latency", latency_tasks),

@@ -1,15 +1,25 @@
-"""The candidates of a generation: rollouts, no adapter, the mean adapter; and the choice on the support set."""
+"""The candidates of a generation: rollouts, no adapter, the mean adapter, a mixture; and the choice on the support set."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from lohp_peft.policy import LoHpPolicy, rollout
-from lohp_peft.tasks import HEADS, Examples, Head, TaskFeatures, TextEncoder, TextStatistics, solve_head, task_features
+from lohp_peft.tasks import (
+    HEADS,
+    Examples,
+    Head,
+    TaskFeatures,
+    TextEncoder,
+    TextStatistics,
+    balanced_rows,
+    leave_one_out_loss,
+    solve_head,
+    task_features,
+)
 from lohp_peft.tasks.encoder import EncodedTexts
 
 
@@ -32,10 +42,14 @@ class GenerationConfig:
     )
     scored_texts: int = field(default=32, metadata={"help": "most support texts behind a score, but two a class"})
     margin: float = field(
-        default=1.0, metadata={"help": "standard errors by which a candidate must beat the generated adapter"}
+        default=1.5, metadata={"help": "standard errors by which a candidate must beat the generated adapter"}
     )
     optimizer: str | None = field(default=None, metadata={"help": "recorded optimizer to imitate; none in particular"})
     closed_loop: bool = field(default=False, metadata={"help": "measure the features again at every policy step"})
+    mixed_precision: str = field(
+        default="no",
+        metadata={"help": "no or bf16, of the base model's forward passes; faster where the processor has it"},
+    )
     head: str | None = field(default=None, metadata={"help": "ridge or prototype; none for the policy's own"})
     seed: int = field(default=0, metadata={"help": "seed of folds and stochastic rollouts"})
 
@@ -47,6 +61,8 @@ class GenerationConfig:
             problems.append(f"`amplitudes` must be positive, got {self.amplitudes}")
         if self.scored_texts < 4:
             problems.append(f"`scored_texts` must be at least 4, got {self.scored_texts}")
+        if self.mixed_precision not in ("no", "bf16"):
+            problems.append(f"`mixed_precision` must be no or bf16, got {self.mixed_precision!r}")
         if self.head is not None and self.head not in HEADS:
             problems.append(f"`head` must be one of {list(HEADS)}, got {self.head!r}")
         if problems:
@@ -59,13 +75,32 @@ class Candidate:
 
     Args:
         name: `none`, `mean`, `generated`, `generated x 0.5`, `rollout 1`, ...
-        score: Cross-fitted cross-entropy on the support set in nats, lower is better; `None` when not scored.
+        score: Leave-one-out cross-entropy on the support set in nats, lower is better; `None` when not scored.
         excess: Mean of its loss over the generated adapter's, example by example, and the standard error of that.
     """
 
     name: str
     score: float | None = None
     excess: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a task gets.
+
+    Args:
+        state: The adapter, shape (modules, width).
+        embeddings: Those of all its support texts under it, shape (n, d), where they are known already.
+        candidates: All that were considered.
+        name: The chosen candidate.
+        reason: Why.
+    """
+
+    state: Tensor
+    embeddings: Tensor | None
+    candidates: tuple[Candidate, ...]
+    name: str
+    reason: str
 
 
 class CandidateSet:
@@ -91,39 +126,31 @@ class CandidateSet:
     def _split(self, statistics: TextStatistics) -> list[TextStatistics]:
         return [statistics[rows] for rows in torch.arange(len(self.owner)).split(self.sizes)]
 
-    def all_rows(self) -> list[Tensor]:
-        """Every row of every task."""
-        return [torch.arange(size) for size in self.sizes]
-
-    def features(self, task: int, rows: Tensor | slice, statistics: TextStatistics | None = None) -> TaskFeatures:
-        """Features of some rows of one task."""
-        statistics = statistics or self.statistics[task][rows]
+    def features(self, task: int, statistics: TextStatistics | None = None) -> TaskFeatures:
+        """Features of one task, from what was measured without an adapter or from `statistics`."""
         examples = self.examples[task]
-        return task_features(statistics, examples.targets[rows], examples.n_classes, self.reference)
+        return task_features(statistics or self.statistics[task], examples.targets, examples.n_classes, self.reference)
 
     def solve(self, embeddings: Tensor, labels: Tensor, n_classes: int) -> Head:
         """The closed-form head."""
         return solve_head(embeddings, labels, n_classes, self.head, ridge=self.policy.config.ridge)
 
-    def rollout(self, features: TaskFeatures, rows: list[Tensor], noise: float = 0.0, salt: int = 0) -> Tensor:
-        """Paths of all tasks, shape (tasks, steps + 1, modules, width), each given the rows it may see."""
+    def rollout(self, features: TaskFeatures, noise: float = 0.0, salt: int = 0) -> Tensor:
+        """Paths of all tasks, shape (tasks, steps + 1, modules, width)."""
         measure = None
         if self.config.closed_loop:
-            offsets = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
 
             def measure(states: Tensor, _step: int) -> TaskFeatures:
-                found = []
-                for i, part in enumerate(rows):
-                    statistics = self.encoder.statistics(self.encoded[part + offsets[i]], states[i])
-                    found.append(self.features(i, part, statistics))
-                return TaskFeatures.stack(found)
+                rows = torch.arange(len(self.owner)).split(self.sizes)
+                measured = [self.encoder.statistics(self.encoded[part], states[i]) for i, part in enumerate(rows)]
+                return TaskFeatures.stack([self.features(i, one) for i, one in enumerate(measured)])
 
         optimizer = None
         if self.config.optimizer is not None:
             index = self.policy.config.optimizers.index(self.config.optimizer) + 1
-            optimizer = torch.full((len(rows),), index)
+            optimizer = torch.full((len(self.sizes),), index)
         # One generator a task, so that a task's rollouts do not depend on the others in the batch.
-        generators = [torch.Generator().manual_seed(self.config.seed + salt) for _ in rows]
+        generators = [torch.Generator().manual_seed(self.config.seed + salt) for _ in self.sizes]
         return rollout(
             self.policy,
             features,
@@ -134,71 +161,57 @@ class CandidateSet:
             policy_steps=self.config.policy_steps,
         )
 
-    def _rolled_out(self, features: TaskFeatures, rows: list[Tensor], path: Tensor | None = None) -> dict[str, Tensor]:
-        """States of the candidates that depend on the rows the policy may see, each (tasks, modules, width)."""
-        path = self.rollout(features, rows) if path is None else path
-        final = path[:, -1]
-        found = {"generated": final}
-        found |= {f"generated x {a:g}": a * final for a in self.config.amplitudes if a != 1.0}
+    def _variants(self, features: TaskFeatures, generated: Tensor) -> dict[str, Tensor]:
+        """Other amplitudes and stochastic rollouts, each (tasks, modules, width)."""
+        found = {f"generated x {a:g}": a * generated for a in self.config.amplitudes if a != 1.0}
         for n in range(self.config.num_candidates):
-            found[f"rollout {n + 1}"] = self.rollout(features, rows, self.config.noise, n + 1)[:, -1]
+            found[f"rollout {n + 1}"] = self.rollout(features, self.config.noise, n + 1)[:, -1]
         return found
 
-    def _fixed(self) -> dict[str, Tensor]:
-        """States of the candidates that are the same for all tasks."""
+    def _fixed(self, generated: Tensor) -> dict[str, Tensor]:
+        """The candidates that fall back on what is known without the task."""
         found = {}
-        shape = len(self.examples), *self.policy.space.shape
         if self.policy.reference_set is not None:
-            found["mean"] = self.policy.reference_set.mean_state().to(self.policy.scale).expand(shape)
-        found["none"] = self.policy.scale.new_zeros(shape)
-        return found
+            mean = self.policy.reference_set.mean_state().to(generated).expand_as(generated)
+            found = {"half generated, half mean": (generated + mean) / 2, "mean": mean}
+        return found | {"none": torch.zeros_like(generated)}
 
-    def choose(
-        self, features: TaskFeatures, paths: Tensor
-    ) -> tuple[Tensor, list[tuple[Candidate, ...]], list[tuple[str, str]]]:
-        """The chosen state of each task, its candidates, and (name, reason), from features and paths of all its rows."""
+    def choose(self, features: TaskFeatures, paths: Tensor) -> list[Choice]:
+        """The chosen adapter of each task, from features and paths of all its rows."""
+        generated = paths[:, -1].contiguous()
+        embedded = self._embed({"generated": generated}, [torch.arange(size) for size in self.sizes])["generated"]
         if not self.config.choose:
-            note = ("generated", "Candidates were not compared.")
-            return paths[:, -1].contiguous(), [(Candidate("generated"),)] * len(paths), [note] * len(paths)
-        losses = self._cross_fitted_losses()
-        states = self._rolled_out(features, self.all_rows(), paths) | self._fixed()
-        chosen, candidates, reasons = [], [], []
-        for i in range(len(paths)):
+            note = (Candidate("generated"),), "generated", "Candidates were not compared."
+            return [Choice(state, x, *note) for state, x in zip(generated, embedded, strict=True)]
+        states = {"generated": generated} | self._variants(features, generated) | self._fixed(generated)
+        compared = [balanced_rows(t.targets, self.config.scored_texts, self.config.seed) for t in self.examples]
+        known = {"generated": embedded, "none": [s.embeddings for s in self.statistics]}
+        others = self._embed({name: x for name, x in states.items() if name not in known}, compared)
+        made = []
+        for i, (task, rows) in enumerate(zip(self.examples, compared, strict=True)):
+            embeddings = {name: known[name][i][rows] if name in known else others[name][i] for name in states}
+            given = task.targets[rows], task.n_classes
+            losses = {
+                name: leave_one_out_loss(x, *given, ridge=self.policy.config.ridge).cpu()
+                for name, x in embeddings.items()
+            }
             found = {}
-            for name in states:
-                excess = losses[name][i] - losses["generated"][i]
-                error = float(excess.std() / max(len(excess), 1) ** 0.5) if len(excess) > 1 else float("inf")
-                found[name] = Candidate(name, float(losses[name][i].mean()), (float(excess.mean()), error))
+            for name, loss in losses.items():
+                excess = loss - losses["generated"]
+                error = float(excess.std() / len(excess) ** 0.5) if len(excess) > 1 else float("inf")
+                found[name] = Candidate(name, float(loss.mean()), (float(excess.mean()), error))
             best, reason = _decide(found, self.config.margin)
-            chosen.append(states[best][i])
-            candidates.append(tuple(found.values()))
-            reasons.append((best, reason))
-        return torch.stack(chosen), candidates, reasons
+            whole = known[best][i] if best in known else embeddings[best] if len(rows) == len(task) else None
+            made.append(Choice(states[best][i], whole, tuple(found.values()), best, reason))
+        return made
 
-    def _cross_fitted_losses(self) -> dict[str, list[Tensor]]:
-        """Loss of every scored support text under every candidate, conditioned and solved on the other half."""
-        halves = [_halves(task, self.config.scored_texts, self.config.seed) for task in self.examples]
-        compared = [torch.cat(half).unique() for half in halves]
-        fixed = self._fixed()
-        fixed.pop("none")  # its embeddings are known
-        base = self._embed(fixed, compared)
-        base["none"] = [s.embeddings[rows] for s, rows in zip(self.statistics, compared, strict=True)]
-        collected: dict[str, list[list[Tensor]]] = {}
-        for fold in (0, 1):
-            seen, scored = [h[fold] for h in halves], [h[1 - fold] for h in halves]
-            # The policy may see all that is not scored; the head is solved on the compared rows, for every candidate alike.
-            known = [_without(size, rows) for size, rows in zip(self.sizes, scored, strict=True)]
-            features = TaskFeatures.stack([self.features(i, rows) for i, rows in enumerate(known)])
-            embedded = base | self._embed(self._rolled_out(features, known), compared)
-            for name, pieces in embedded.items():
-                found = []
-                for i, x in enumerate(pieces):
-                    targets, at = self.examples[i].targets, lambda rows, i=i: torch.searchsorted(compared[i], rows)
-                    head = self.solve(x[at(seen[i])], targets[seen[i]], self.examples[i].n_classes)
-                    logits = head.logits(x[at(scored[i])]).cpu()
-                    found.append(cross_entropy(logits, targets[scored[i]], reduction="none"))
-                collected.setdefault(name, []).append(found)
-        return {name: [torch.cat(parts) for parts in zip(*folds, strict=True)] for name, folds in collected.items()}
+    def embeddings(self, choices: Sequence[Choice]) -> list[Tensor]:
+        """All support texts of each task under its chosen adapter; what is known is not run again."""
+        known = [choice.embeddings for choice in choices]
+        rows = [torch.arange(size if x is None else 0) for size, x in zip(self.sizes, known, strict=True)]
+        states = {"chosen": torch.stack([choice.state for choice in choices])} if any(map(len, rows)) else {}
+        run = self._embed(states, rows).get("chosen", known)
+        return [new if x is None else x for x, new in zip(known, run, strict=True)]
 
     def _embed(self, states: Mapping[str, Tensor], rows: list[Tensor]) -> dict[str, list[Tensor]]:
         """By candidate and task, embeddings of the task's `rows` under the candidate's state for that task."""
@@ -213,28 +226,6 @@ class CandidateSet:
         return {name: list(x[k * len(rows) : (k + 1) * len(rows)]) for k, name in enumerate(states)}
 
 
-def _without(size: int, rows: Tensor) -> Tensor:
-    """The rows of `size` that are not in `rows`, or all where none would be left (one example a class)."""
-    kept = torch.ones(size, dtype=torch.bool)
-    kept[rows] = False
-    return kept.nonzero().flatten() if kept.any() else torch.arange(size)
-
-
-def _halves(examples: Examples, limit: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Two class-balanced halves of at most `limit` support rows, but two a class; single examples are in both."""
-    generator = torch.Generator().manual_seed(seed)
-    targets = examples.targets
-    per_class = max(2, limit // max(len(set(examples.labels)), 1))
-    first, second = [], []
-    for label in sorted(set(examples.labels)):
-        rows = (targets == label).nonzero().flatten()
-        rows = rows[torch.randperm(len(rows), generator=generator)][:per_class]
-        half = (len(rows) + 1) // 2
-        first.append(rows[:half])
-        second.append(rows[half:] if len(rows) > 1 else rows)
-    return torch.cat(first), torch.cat(second)
-
-
 def _decide(candidates: Mapping[str, Candidate], margin: float) -> tuple[str, str]:
     """The name of the candidate to use and why."""
     best, reason = "generated", "No candidate beat the generated adapter convincingly on the support set."
@@ -244,7 +235,7 @@ def _decide(candidates: Mapping[str, Candidate], margin: float) -> tuple[str, st
         if name != "generated" and mean + margin * error < 0 and mean < lead:
             lead, best = mean, name
             reason = (
-                f"{name!r} has a lower cross-fitted loss on the support set than the generated adapter: "
+                f"{name!r} has a lower leave-one-out loss on the support set than the generated adapter: "
                 f"{-mean:.3f} +- {error:.3f} nats."
             )
     return best, reason

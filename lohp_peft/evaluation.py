@@ -83,7 +83,7 @@ def evaluate_tasks(
         draws: Support sets per task.
         seed: Seed of everything.
         config: Replaces the three above and more.
-        generation: Settings of the full product.
+        generation: Settings of the full product; its precision is that of every method but AdamW.
         console: Where progress goes; standard error when absent.
         on_task: Called with each task's name and scores as they come, for instance to save them.
 
@@ -95,14 +95,15 @@ def evaluate_tasks(
         ValueError: When the policy does not fit the base model, or a task lacks a split.
     """
     config = config or EvaluationConfig(shots=shots, draws=draws, seed=seed)
-    encoder = encoder_for(policy, base_model, tokenizer)
+    generation = generation or GenerationConfig()
+    encoder = encoder_for(policy, base_model, tokenizer, generation.mixed_precision)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = {}
     with Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True)) as progress:
         bar = progress.add_task("evaluation", total=len(tasks) * config.draws)
         for task in tasks:
             progress.update(bar, description=f"evaluation | {task.name}")
-            one = _TaskEvaluation(policy, encoder, task, config, generation or GenerationConfig())
+            one = _TaskEvaluation(policy, encoder, task, config, generation)
             for number in range(config.draws):
                 one.run_draw(number)
                 progress.advance(bar)

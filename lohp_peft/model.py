@@ -272,7 +272,7 @@ def _generate(
         columns = _columns(model.config, examples.label_names)
         linear = classifier_linear(model, adapter_name, model.config.num_labels)
     with only_active(model, None):
-        encoder = encoder_for(policy, backbone, tokenizer)
+        encoder = encoder_for(policy, backbone, tokenizer, "no" if config is None else config.mixed_precision)
         (made,) = generate_adapters(policy, backbone, tokenizer, [examples], config, encoder=encoder)
     write_adapter(layers, {prefix + key: pair for key, pair in made.lora.items()}, adapter_name, peft_config)
     if linear is None:

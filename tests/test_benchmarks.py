@@ -112,6 +112,89 @@ def test_contrast_supports_are_balanced(scripts, tmp_path, monkeypatch):
         pool.draw(4, "class", seed=0)
 
 
+@pytest.fixture
+def compare(scripts, tmp_path, monkeypatch):
+    """The comparison on a suite that has every training and validation task it asks for."""
+    suite = scripts("text_suite")
+    names = [*suite.VALIDATION, *(name for group in suite.CONTRAST_TRAINING for name in group), "cr", "amazon_dvd"]
+    monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", names)))
+    return scripts("compare")
+
+
+COMPARE = ["--tasks", "cr", "amazon_dvd", "--shots", "4", "--draws", "2", "--max-test", "12"]
+
+
+@pytest.mark.slow
+def test_compare(compare, scripts, subject, tmp_path, capsys):
+    line = [str(tmp_path / "work"), *subject, *COMPARE, "--steps", "2", "--episodes", "1", "--seeds", "0", "1"]
+    line += ["--validation-episodes", "2", "--output", str(tmp_path / "result.json")]
+    quick = ["none", "none_linear_probe", "mean", "nearest", "multi_task", "text_to_lora_sft", "ours_raw", "ours"]
+    compare.main([*line, "--methods", *quick])
+    result = result_of(tmp_path / "result.json")
+    rows = result["shots"]["4"]
+    controls = {f"{m} | {c}" for m in ("text_to_lora_sft", "ours_raw") for c in compare.CONTROLS}
+    assert set(rows) == {*quick, *controls}
+    assert rows["multi_task"]["seeds"] == 2
+    assert set(result["trained"]) == {f"{m}-{s}" for m in ("multi_task", "text_to_lora_sft") for s in (0, 1)}
+    for row in rows.values():
+        assert 0 <= row["accuracy"] <= 1
+        assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
+    ours = [fmean(task["ours/0/4/"]["per_draw"]) for task in result["tasks"].values()]
+    mean = [fmean(task["mean/0/4/"]["per_draw"]) for task in result["tasks"].values()]
+    assert rows["mean"]["ours_minus_it"]["mean"] == pytest.approx(fmean(ours) - fmean(mean))
+
+    # what is there is not run again, what is asked for in addition is
+    before = (tmp_path / "work" / "fits" / "multi_task-1.safetensors").stat().st_mtime_ns
+    compare.main([*line, "--methods", *quick, "best_by_support_loss", "adamw_10"])
+    after = result_of(tmp_path / "result.json")["tasks"]
+    assert (tmp_path / "work" / "fits" / "multi_task-1.safetensors").stat().st_mtime_ns == before
+    assert all(
+        after[name][key] == entry for name, entries in result["tasks"].items() for key, entry in entries.items()
+    )
+    assert {"adamw_10/0/4/", "best_by_support_loss/0/4/"} < set(after["cr"])
+    with pytest.raises(SystemExit, match="draws"):
+        compare.main([*line, "--methods", "none", "--draws", "3"])
+
+    # and the same as the few-shot suite says, where both say something
+    few_shot = [str(tmp_path / "few_shot"), *subject, *COMPARE, "--output", str(tmp_path / "few_shot.json")]
+    same = {"none": "none", "mean": "mean_adapter", "nearest": "nearest_adapter", "ours_raw": "generated_raw"}
+    same |= {"ours": "generated", "ours_raw | wrong_task": "wrong_task"}
+    scripts("few_shot").main([*few_shot, "--methods", *same.values()])
+    for mine, theirs in same.items():
+        expected = result_of(tmp_path / "few_shot.json")["methods"][theirs]
+        assert rows[mine]["accuracy"] == pytest.approx(expected["accuracy"]), mine
+
+
+@pytest.mark.slow
+def test_every_method_gives_a_classifier(compare, scripts, subject):
+    """All of the field, trained where they are trained, on one support set."""
+    methods = scripts("methods/__init__")
+    setting = compare.load_setting(subject[1], subject[3])
+    (task,) = compare.load_tasks(["cr"])
+    support = setting.support(task.draw_support(6, 0), 0)
+    encoder = compare.encoder_of(setting.policy, *compare.load_base_model(subject[3], "eager"))
+    training = compare.training_of(setting, encoder, compare.Budget(2, 1, 1, 2, 20), seed=0)
+    states = {}
+    for name, method in methods.METHODS.items():
+        tensors = method.fit(training) if method.trained else {}
+        adapted = method.adapt(setting, tensors, support)
+        assert adapted.head.weight.shape == (2, 16), name
+        assert adapted.head.weight.isfinite().all(), name
+        if method.conditional:
+            other = method.adapt(
+                setting, tensors, support, methods.CONTROLS["shuffled_labels"](setting, support, task)
+            )
+            assert not other.state.equal(adapted.state) or not adapted.state.any(), name
+        states[name] = adapted.state
+    assert states["none"] is None
+    assert states["mean"].equal(setting.policy.reference_set.mean_state())
+    losses = setting.support_losses(support, setting.policy.reference_set.states)
+    assert states["best_by_support_loss"].equal(setting.policy.reference_set.states[int(losses.argmin())])
+    assert float(setting.support_losses(support, states["lorahub"][None])) <= float(
+        setting.support_losses(support, 0 * states["lorahub"][None])
+    )
+
+
 @pytest.mark.slow
 def test_latency(scripts, subject, tmp_path, monkeypatch):
     monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", ["cr"])))
@@ -125,7 +208,10 @@ def test_latency(scripts, subject, tmp_path, monkeypatch):
     assert result["ratio_of_the_median_size"] == pytest.approx(fmean(row["ratio"] for row in result["rows"][:2]))
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(row["adamw"] / row["generated"])
-        assert len(row["all_seconds"]["adamw"]) == len(row["all_seconds"]["generated"]) == 2
+        assert row["ratio_bf16"] == pytest.approx(row["adamw_bf16"] / row["generated_bf16"])
+        names = {"generated", "generated_bf16", "adamw", "adamw_bf16"}
+        assert {name: len(times) for name, times in row["all_seconds"].items()} == dict.fromkeys(names, 2)
+    assert result["bf16"]["ratio_of_the_median_task"] == result["rows"][-1]["ratio_bf16"]
 
 
 def test_bootstrap_interval(scripts):

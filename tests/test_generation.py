@@ -6,12 +6,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import normalize
 from transformers import BertTokenizer
 
-from lohp_peft import candidates
-from lohp_peft.candidates import Candidate, GenerationConfig, _decide, _halves
+from lohp_peft import LoHpConfig, candidates
+from lohp_peft.candidates import Candidate, GenerationConfig, _decide
 from lohp_peft.generation import generate_adapter, generate_adapters
-from lohp_peft.tasks import Examples, solve_head
+from lohp_peft.tasks import Examples, calibrated_cross_entropy, solve_head
 from tiny import WORDS, build_base_model, build_encoder, build_policy, build_task
 
 TASKS = [
@@ -116,6 +117,22 @@ def test_no_gradients(generate, policy, encoder):
     assert all(p.grad is None for p in policy.parameters())
 
 
+def test_bfloat16_is_close_and_not_the_same(generate, policy, encoder):
+    (exact,) = generate(SUPPORTS[:1])
+    (half,) = generate(SUPPORTS[:1], GenerationConfig(mixed_precision="bf16"))
+    assert half.path.dtype == half.head.weight.dtype == torch.float32
+    torch.testing.assert_close(half.path, exact.path, atol=0.05 * float(exact.path.abs().max()), rtol=0.1)
+    assert not half.path.equal(exact.path)
+    model = get_peft_model(copy.deepcopy(encoder.base_model), LoHpConfig(task_type="FEATURE_EXTRACTION"))
+    reports = [
+        model.generate_adapter(SUPPORTS[0], policy=policy, tokenizer=encoder.tokenizer, config=config)
+        for config in (GenerationConfig(mixed_precision="bf16"), None)
+    ]
+    scores = [report.candidates[0].score for report in reports]
+    assert scores[0] == pytest.approx(half.report.candidates[0].score, rel=1e-4)
+    assert scores[0] != scores[1]
+
+
 def test_rows_and_datasets_are_read(generate):
     support = SUPPORTS[0]
     rows = [
@@ -155,7 +172,7 @@ def test_a_harmful_policy_abstains_and_says_why(generate, harmful):
     assert not made.state.any()
     assert made.path[-1].any()
     assert all(not b.any() for _, b in made.lora.values())
-    assert "'none' has a lower cross-fitted loss on the support set" in report.reason
+    assert "'none' has a lower leave-one-out loss on the support set" in report.reason
     scores = {c.name: c.score for c in report.candidates}
     assert scores["none"] < scores["generated"]
     (forced,) = generate([support], GenerationConfig(choose=False), policy=harmful)
@@ -198,7 +215,7 @@ def test_decisions_need_a_margin():
     assert best == "generated"
     assert reason.startswith("No candidate beat")
     assert _decide(found, 0.0)[1] == (
-        "'rollout 1' has a lower cross-fitted loss on the support set than the generated adapter: 0.300 +- 0.200 nats."
+        "'rollout 1' has a lower leave-one-out loss on the support set than the generated adapter: 0.300 +- 0.200 nats."
     )
 
 
@@ -207,21 +224,15 @@ def test_the_chosen_state_is_that_of_the_winner(generate, policy, monkeypatch):
     (made,) = generate(SUPPORTS[:1])
     torch.testing.assert_close(made.state, policy.reference_set.mean_state())
     assert (made.report.chosen, made.report.reason, made.report.abstained) == ("mean", "because", True)
+    for name, state in (("half generated, half mean", (made.path[-1] + made.state) / 2), ("none", 0 * made.state)):
+        monkeypatch.setattr(candidates, "_decide", lambda found, margin, name=name: (name, "because"))
+        (other,) = generate(SUPPORTS[:1])
+        torch.testing.assert_close(other.state, state)
+        assert other.report.abstained == (name == "none")
     monkeypatch.setattr(candidates, "_decide", lambda found, margin: ("rollout 2", "because"))
     (made,) = generate(SUPPORTS[:1], GenerationConfig(num_candidates=2))
     assert not torch.allclose(made.state, made.path[-1])
     assert not made.report.abstained
-
-
-def test_halves_are_disjoint_and_balanced_but_for_single_examples():
-    examples = Examples(tuple(map(str, range(12))), (0,) * 6 + (1,) * 5 + (2,), ("a", "b", "c", "never"))
-    first, second = _halves(examples, 64, 0)
-    assert set(first.tolist()) & set(second.tolist()) == {11}
-    assert set(first.tolist()) | set(second.tolist()) == set(range(12))
-    assert examples.targets[first].bincount().tolist() == [3, 3, 1]
-    first, second = _halves(examples, 6, 0)
-    assert len(first) == len(second) == 3
-    assert [x.tolist() for x in _halves(examples, 6, 1)] != [first.tolist(), second.tolist()]
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 6), (1, 2, 3)], ids=str)
@@ -247,7 +258,8 @@ def test_the_report_is_json_without_texts(generate, policy):
     assert report["seconds"] > 0
     assert report["nearest_task"] in policy.reference_set.names
     assert {c["name"] for c in report["candidates"]} == {
-        "none", "mean", "generated", "generated x 0.5", "generated x 2", "rollout 1", "rollout 2", "rollout 3",
+        "none", "mean", "half generated, half mean", "generated", "generated x 0.5", "generated x 2", "rollout 1",
+        "rollout 2", "rollout 3",
     }  # fmt: skip
 
 
@@ -308,8 +320,8 @@ def test_settings_that_do_not_fit(generate):
         generate(SUPPORTS[:1], GenerationConfig(optimizer="lion"))
     with pytest.raises(ValueError, match=r"`policy_steps` must be in 1..3"):
         generate(SUPPORTS[:1], GenerationConfig(policy_steps=9))
-    with pytest.raises(ValueError, match="`num_candidates`.*`amplitudes`.*`scored_texts`.*`head`"):
-        GenerationConfig(num_candidates=-1, amplitudes=(0.0,), scored_texts=1, head="svm")
+    with pytest.raises(ValueError, match="`num_candidates`.*`amplitudes`.*`scored_texts`.*`mixed_precision`.*`head`"):
+        GenerationConfig(num_candidates=-1, amplitudes=(0.0,), scored_texts=1, mixed_precision="fp8", head="svm")
 
 
 def test_an_imitated_optimizer_changes_the_adapter(generate):
@@ -331,3 +343,38 @@ def test_a_peft_model_gives_what_its_base_model_gives(generate, policy, encoder)
                 parameter.add_(1.0)
     made = generate_adapter(policy, wrapped, encoder.tokenizer, SUPPORTS[0])
     assert_same(made, expected, exact=False)
+
+
+@pytest.mark.parametrize("name", ["generated", "none", "mean", "half generated, half mean"])
+@pytest.mark.parametrize("scored_texts", [4, 64], ids=["some compared", "all compared"])
+def test_the_head_is_that_of_the_chosen_adapter_on_all_examples(
+    generate, policy, encoder, monkeypatch, name, scored_texts
+):
+    """Whichever embeddings were at hand from the comparison, in a batch where tasks choose differently."""
+    names = iter([name, "generated", name])
+    monkeypatch.setattr(candidates, "_decide", lambda found, margin: (next(names), "because"))
+    for made, support in zip(generate(SUPPORTS, GenerationConfig(scored_texts=scored_texts)), SUPPORTS, strict=True):
+        with torch.no_grad():
+            x = encoder.embed(encoder.prepare(support.texts), made.state[None])
+        head = solve_head(x, support.targets, support.n_classes, policy.config.head, ridge=policy.config.ridge)
+        torch.testing.assert_close(made.head.weight, head.weight, atol=1e-3, rtol=1e-3)
+
+
+def test_scores_are_losses_of_heads_that_did_not_see_the_example(generate, policy, encoder):
+    """Against the same thing done the long way: the head solved anew without each group."""
+    support = SUPPORTS[2]
+    (made,) = generate([support], GenerationConfig(scored_texts=64))
+    with torch.no_grad():
+        x = normalize(encoder.embed(encoder.prepare(support.texts), made.path[-1][None]), dim=-1)
+    y, logits = support.targets, torch.zeros(len(support), 3)
+    order = x[:, 0].argsort()
+    rank = torch.zeros_like(y)
+    for c in range(3):
+        rank[order[y[order] == c]] = torch.arange(6)
+    for group in range(6):
+        seen = rank != group
+        head = solve_head(x[seen], y[seen], 3, policy.config.head, ridge=policy.config.ridge)
+        logits[~seen] = head.logits(x[~seen])
+    score = {c.name: c.score for c in made.report.candidates}["generated"]
+    expected = calibrated_cross_entropy(logits, y)
+    assert score == pytest.approx(float(expected), rel=0.1)  # centring is that of all examples

@@ -177,18 +177,20 @@ class LoHpTrainer:
         return losses, scalars
 
     def _path_loss(self) -> Tensor:
-        """The reward's gradient through the mean rollout (Known: reparameterised path gradient; off in `lohp`)."""
+        """The gradient of the calibrated query loss through the mean rollout (Known: path gradient; off in `lohp`).
+
+        The reward of SubTB stays at the fixed temperature that recordings were scored at.
+        """
         episodes = self._episodes("path", self._share(self.config.batch_size))
         features = self._features(episodes)
         states = rollout(self.policy, features)
-        losses, _ = self.bank.episode_losses(episodes, states[:, -1:], head=self.config.head, ridge=self.config.ridge)
+        settings = {"head": self.config.head, "ridge": self.config.ridge, "calibrated": True}
+        losses, _ = self.bank.episode_losses(episodes, states[:, -1:], **settings)
         loss = losses.mean()
         if self.config.path_prefix_weight > 0 and self.config.policy_steps > 1:
             generator = self._generator("prefix")
             k = 1 + int(torch.randint(self.config.policy_steps - 1, (1,), generator=generator))
-            early, _ = self.bank.episode_losses(
-                episodes, states[:, k : k + 1], head=self.config.head, ridge=self.config.ridge
-            )
+            early, _ = self.bank.episode_losses(episodes, states[:, k : k + 1], **settings)
             loss = (1 - self.config.path_prefix_weight) * loss + self.config.path_prefix_weight * early.mean()
         return loss
 
@@ -285,7 +287,8 @@ class LoHpTrainer:
         for episode in episodes:
             features = self._features([episode], bank)
             final = rollout(self.policy, features)[:, -1:]
-            loss, accuracy = bank.episode_losses([episode], final, head=self.config.head, ridge=self.config.ridge)
+            settings = {"head": self.config.head, "ridge": self.config.ridge, "calibrated": True}
+            loss, accuracy = bank.episode_losses([episode], final, **settings)
             losses.append(float(loss))
             accuracies.append(float(accuracy))
         return {"validation_loss": fmean(losses), "validation_accuracy": fmean(accuracies)}

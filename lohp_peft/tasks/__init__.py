@@ -3,8 +3,8 @@
 from lohp_peft.tasks.bank import TaskBank
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder, tokenizer_fingerprint
 from lohp_peft.tasks.features import TaskFeatures, TextStatistics, fit_reference, task_features
-from lohp_peft.tasks.heads import HEADS, Head, solve_head
-from lohp_peft.tasks.task import Examples, Task, draw
+from lohp_peft.tasks.heads import HEADS, Head, calibrated_cross_entropy, leave_one_out_loss, solve_head
+from lohp_peft.tasks.task import Examples, Task, balanced_rows, draw
 from lohp_peft.tasks.variants import Episode, EpisodeSampler, contrast_groups, contrast_task
 
 __all__ = [
@@ -19,10 +19,13 @@ __all__ = [
     "TaskFeatures",
     "TextEncoder",
     "TextStatistics",
+    "balanced_rows",
+    "calibrated_cross_entropy",
     "contrast_groups",
     "contrast_task",
     "draw",
     "fit_reference",
+    "leave_one_out_loss",
     "solve_head",
     "task_features",
     "tokenizer_fingerprint",

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
 from lohp_peft.tasks.features import TaskFeatures, TextStatistics, task_features
-from lohp_peft.tasks.heads import solve_head
+from lohp_peft.tasks.heads import calibrated_cross_entropy, solve_head
 from lohp_peft.tasks.task import Task, draw
 from lohp_peft.tasks.variants import Episode
 
@@ -54,7 +54,13 @@ class TaskBank:
         return EncodedTexts.concatenate([self.encoded[name][rows] for name, rows in parts if len(rows)])
 
     def episode_losses(
-        self, episodes: Sequence[Episode], states: Tensor, *, head: str = "ridge", ridge: float = 3.0
+        self,
+        episodes: Sequence[Episode],
+        states: Tensor,
+        *,
+        head: str = "ridge",
+        ridge: float = 3.0,
+        calibrated: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The reward's loss: query cross-entropy of each episode under the closed-form head, and accuracy.
 
@@ -65,11 +71,13 @@ class TaskBank:
             states: Adapters, shape (b, s, modules, width): `s` for each episode.
             head: Kind of head.
             ridge: Its penalty.
+            calibrated: Take the loss at the temperature that suits the query's scores best, see `calibrated_cross_entropy`.
 
         Returns:
             Losses in nats and accuracies, each of shape (b, s).
         """
         b, s = states.shape[:2]
+        loss = calibrated_cross_entropy if calibrated else cross_entropy
         encoded = [self.gather([*episode.support, *episode.query]) for episode in episodes for _ in range(s)]
         sizes = [len(part) for part in encoded]
         owner = torch.repeat_interleave(torch.arange(b * s), torch.tensor(sizes))
@@ -84,6 +92,6 @@ class TaskBank:
                 solved = solve_head(support, episode.support_labels, episode.n_classes, head, ridge=ridge)
                 logits = solved.logits(query)
                 targets = episode.query_labels.to(logits.device)
-                losses.append(cross_entropy(logits, targets))
+                losses.append(loss(logits, targets))
                 accuracies.append((logits.argmax(-1) == targets).float().mean())
         return torch.stack(losses).view(b, s), torch.stack(accuracies).view(b, s)

@@ -188,3 +188,15 @@ def draw(examples: Examples, shots: int, seed: int) -> Examples:
         chosen.append(rows[torch.randperm(len(rows), generator=generator)[:shots]])
     index = torch.cat(chosen)
     return examples.select(index[torch.randperm(len(index), generator=generator)].tolist())
+
+
+def balanced_rows(targets: torch.Tensor, most: int, seed: int) -> torch.Tensor:
+    """Sorted indices of a seeded draw of at most `most` rows, equally many of every class, but two a class."""
+    generator = torch.Generator().manual_seed(seed)
+    present = targets.unique()
+    per_class = max(2, most // len(present))
+    drawn = []
+    for label in present:
+        rows = (targets == label).nonzero().flatten()
+        drawn.append(rows[torch.randperm(len(rows), generator=generator)][:per_class])
+    return torch.cat(drawn).sort().values

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lohp_peft.tasks import EpisodeSampler, TaskBank, solve_head
+from lohp_peft.tasks import EpisodeSampler, TaskBank, calibrated_cross_entropy, solve_head
 from tiny import build_policy, build_task, features_of
 
 
@@ -32,19 +32,24 @@ def test_features_are_those_of_the_texts(bank, encoder):
     torch.testing.assert_close(found.labels, expected.labels, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("head", ["ridge", "prototype"])
-def test_episode_losses_are_query_losses_of_each_adapter(bank, encoder, head):
+@pytest.mark.parametrize(
+    ("head", "calibrated"),
+    [("ridge", False), ("prototype", False), ("ridge", True)],
+    ids=["ridge", "prototype", "calibrated"],
+)
+def test_episode_losses_are_query_losses_of_each_adapter(bank, encoder, head, calibrated):
     sampler = EpisodeSampler(bank.labels)
     episodes = [sampler.task_episode(name, torch.Generator().manual_seed(1)) for name in ("spam", "mood")]
     states = (torch.randn(2, 3, *encoder.space.shape) * encoder.space.mask).requires_grad_()
-    losses, accuracies = bank.episode_losses(episodes, states, head=head)
+    losses, accuracies = bank.episode_losses(episodes, states, head=head, calibrated=calibrated)
+    loss = calibrated_cross_entropy if calibrated else cross_entropy
     assert losses.shape == accuracies.shape == (2, 3)
     for i, episode in enumerate(episodes):
         for j in range(3):
             sides = [encoder.embed(bank.gather(part), states[i, j][None]) for part in (episode.support, episode.query)]
             solved = solve_head(sides[0], episode.support_labels, episode.n_classes, head)
             logits = solved.logits(sides[1])
-            torch.testing.assert_close(losses[i, j], cross_entropy(logits, episode.query_labels), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(losses[i, j], loss(logits, episode.query_labels), atol=1e-3, rtol=1e-3)
             assert accuracies[i, j] == (logits.argmax(1) == episode.query_labels).float().mean()
     losses[0, 1].backward()
     moved = states.grad.abs().amax((2, 3)) > 0

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import cross_entropy, normalize, one_hot
 
-from lohp_peft.tasks import solve_head
+from lohp_peft.tasks import calibrated_cross_entropy, leave_one_out_loss, solve_head
 from lohp_peft.tasks.heads import leave_one_out
 
 
@@ -105,3 +105,48 @@ def test_random_labels_look_random_with_few_examples():
         x = normalize(torch.randn(6, 384, generator=generator), dim=-1)
         errors.append((leave_one_out(x, labels, 2)[1].argmax(-1) != labels).float().mean())
     assert abs(float(torch.stack(errors).mean()) - 0.5) < 0.12
+
+
+def test_leave_one_out_loss_is_the_calibrated_cross_entropy_of_those_scores(data):
+    features, labels = data
+    found = leave_one_out_loss(features, labels, 3, ridge=0.7)
+    _, scores = leave_one_out(normalize(features.float(), dim=-1), labels, 3, ridge=0.7)
+    torch.testing.assert_close(found, calibrated_cross_entropy(scores, labels, "none"))
+    torch.testing.assert_close(found.mean(), calibrated_cross_entropy(scores, labels))
+    assert found.shape == (15,)
+    assert not torch.allclose(found, leave_one_out_loss(features, labels, 3, ridge=7.0))
+
+
+@pytest.fixture
+def scores():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(40, 5, generator=generator), torch.randint(5, (40,), generator=generator)
+    logits[torch.arange(40), labels] += 1.0
+    return logits, labels
+
+
+def test_calibrated_loss_is_the_least_over_temperatures(scores):
+    logits, labels = scores
+    found = calibrated_cross_entropy(logits, labels)
+    each = [cross_entropy(factor * logits, labels) for factor in torch.logspace(-1, 1, 400)]
+    assert float(found) == pytest.approx(float(min(each)), abs=1e-4)
+    for factor in (0.3, 4.0):  # so that being surer earns nothing
+        torch.testing.assert_close(calibrated_cross_entropy(factor * logits, labels), found, rtol=1e-4, atol=1e-5)
+    assert calibrated_cross_entropy(logits.flip(0), labels) > found
+
+
+def test_calibrated_loss_has_the_gradient_of_the_minimum(scores):
+    logits, labels = (scores[0].double().requires_grad_(), scores[1])
+    (gradient,) = torch.autograd.grad(calibrated_cross_entropy(logits, labels), logits)
+    assert (gradient * logits).sum().item() == pytest.approx(0.0, abs=1e-6)  # none along the size of the scores
+    step = 1e-4 * torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    change = calibrated_cross_entropy(logits + step, labels) - calibrated_cross_entropy(logits - step, labels)
+    assert change.item() == pytest.approx(2 * (gradient * step).sum().item(), rel=1e-3)
+
+
+def test_calibrated_loss_of_perfect_and_of_useless_scores_is_finite():
+    labels = torch.tensor([0, 1, 1])
+    perfect = 3.0 * one_hot(labels, 2).float()
+    assert 0 <= float(calibrated_cross_entropy(perfect, labels)) < 1e-6
+    assert float(calibrated_cross_entropy(-perfect, labels)) < 0.8
+    assert float(calibrated_cross_entropy(torch.zeros(3, 2), labels)) == pytest.approx(0.6931, abs=1e-3)

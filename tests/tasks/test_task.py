@@ -2,9 +2,10 @@ import gzip
 import json
 
 import pytest
+import torch
 from datasets import Dataset
 
-from lohp_peft.tasks import Examples, Task, draw
+from lohp_peft.tasks import Examples, Task, balanced_rows, draw
 
 ROWS = [
     {"text": "late parcel", "label": "late", "split": "train"},
@@ -145,3 +146,13 @@ def test_draws_are_balanced_seeded_and_give_what_there_is():
     assert support == task.draw_support(5, seed=3)
     assert support != task.draw_support(5, seed=4)
     assert support.labels != tuple(sorted(support.labels))  # in random order
+
+
+def test_balanced_rows_are_sorted_seeded_and_at_least_two_a_class():
+    targets = torch.tensor([0] * 6 + [1] * 5 + [3])
+    assert balanced_rows(targets, 64, 0).tolist() == list(range(12))
+    rows = balanced_rows(targets, 9, 0)
+    assert targets[rows].bincount().tolist() == [3, 3, 0, 1]
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    assert targets[balanced_rows(targets, 2, 0)].bincount().tolist() == [2, 2, 0, 1]
+    assert rows.tolist() != balanced_rows(targets, 9, 1).tolist()

@@ -1,0 +1,34 @@
+"""The field's baselines beside ours, each a `Method`; see `base`."""
+
+from methods.base import Adapted, Method, Setting, Support, Training
+from methods.controls import CONTROLS
+from methods.no_training import AdamW, LinearProbe, NoAdapter, SetFit
+from methods.ours import Generated, Rollout
+from methods.through_base import MultiTask, Reptile, TextToLoraRecon, TextToLoraSFT
+from methods.zoo import BestBySupportLoss, LoraHub, Mean, Nearest
+
+METHODS: dict[str, Method] = {
+    "none": NoAdapter(),
+    "none_prototype": NoAdapter("prototype"),
+    "none_linear_probe": LinearProbe(),
+    "adamw_10": AdamW(10, 1e-3),
+    "adamw_30": AdamW(30, 1e-3),
+    "adamw_80": AdamW(80, 1e-3),
+    "eva_80": AdamW(80, 1e-3, init="eva"),
+    "setfit": SetFit(),
+    "mean": Mean(),
+    "nearest": Nearest(),
+    "nearest_5": Nearest(5),
+    "best_by_support_loss": BestBySupportLoss(),
+    "lorahub": LoraHub(),
+    "multi_task": MultiTask(),
+    "reptile": Reptile(),
+    "reptile_5": Reptile(adapt_steps=5),
+    "text_to_lora_recon": TextToLoraRecon(),
+    "text_to_lora_sft": TextToLoraSFT(),
+    "ours_raw": Rollout(),
+    "ours": Generated(),
+}
+"""By the name in results and tables."""
+
+__all__ = ["CONTROLS", "METHODS", "Adapted", "Method", "Setting", "Support", "Training"]
