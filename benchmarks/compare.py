@@ -23,9 +23,9 @@ from few_shot import SPLITS, bootstrap_interval, check_settings
 from methods import CONTROLS, METHODS, Setting, Training
 from safetensors.torch import load_file, save_file
 from setting import RESULTS, describe_policy, encoder_of, environment, load_base_model, load_subject, write_json
+from sklearn.metrics import accuracy_score, f1_score
 from text_suite import CONTRAST_VALIDATION, VALIDATION, contrast_tasks, load_tasks, training_tasks
 
-from lohp_peft.evaluation import scores
 from lohp_peft.tasks import EpisodeSampler, TaskBank, contrast_groups, draw
 
 
@@ -150,7 +150,10 @@ def score_task(name: str, wanted: Sequence[Cell], options) -> str:
                 features = CONTROLS[cell.control](setting, support, task) if cell.control else None
                 adapted = METHODS[cell.method].adapt(setting, fits[cell.fit], support, features)
                 seconds = time.perf_counter() - start
-                rows[cell.key].append({**scores(adapted.head, predict(adapted), test), "seconds": seconds})
+                predicted = adapted.head.logits(predict(adapted)).argmax(-1).cpu()
+                f1 = f1_score(test.targets, predicted, labels=test.targets.unique(), average="macro", zero_division=0)
+                accuracy = float(accuracy_score(test.targets, predicted))
+                rows[cell.key].append({"accuracy": accuracy, "macro_f1": float(f1), "seconds": seconds})
             embedded = {key: x for key, x in embedded.items() if not key}
         for key, each in rows.items():
             found[key] = {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lohp_peft import LoHpPolicy
 from lohp_peft.tasks import (
+    EncodedTexts,
     Episode,
     EpisodeSampler,
     Examples,
@@ -25,7 +26,6 @@ from lohp_peft.tasks import (
     solve_head,
     task_features,
 )
-from lohp_peft.tasks.encoder import EncodedTexts
 
 
 @dataclass(frozen=True)

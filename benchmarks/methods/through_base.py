@@ -209,7 +209,7 @@ class TextToLoraSFT(Method):
 
     def state(self, setting: Setting, tensors: dict[str, Tensor], support: Support) -> Tensor:
         network = self._network(setting).eval()
-        network.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "validation_loss"})
+        network.load_state_dict({name: tensors[name] for name in network.state_dict()})
         return setting.policy.scale * network(setting.condition(support.features))[0]
 
 

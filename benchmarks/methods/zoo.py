@@ -23,7 +23,9 @@ class Nearest(Method):
     def state(self, setting: Setting, tensors: dict[str, Tensor], support: Support) -> Tensor:
         reference = setting.policy.reference_set
         half = reference.features.set.shape[-1] // 2
-        found = cosine_similarity(reference.features.set[:, :half], support.features.set[:, :half]).topk(self.count)
+        found = cosine_similarity(reference.features.set[:, :half], support.features.set[:, :half]).topk(
+            min(self.count, len(reference.names))
+        )
         weights = (found.values / self.temperature).softmax(0)
         return torch.einsum("n,nmw->mw", weights, reference.states[found.indices])
 

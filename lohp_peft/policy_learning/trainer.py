@@ -176,6 +176,10 @@ class LoHpTrainer:
             losses["path"] = (self._path_loss(), config.path_weight)
         return losses, scalars
 
+    def _calibrated_losses(self, bank: TaskBank, episodes: Sequence[Episode], states: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return bank.episode_losses(episodes, states, head=config.head, ridge=config.ridge, calibrated=True)
+
     def _path_loss(self) -> Tensor:
         """The gradient of the calibrated query loss through the mean rollout (Known: path gradient; off in `lohp`).
 
@@ -184,13 +188,12 @@ class LoHpTrainer:
         episodes = self._episodes("path", self._share(self.config.batch_size))
         features = self._features(episodes)
         states = rollout(self.policy, features)
-        settings = {"head": self.config.head, "ridge": self.config.ridge, "calibrated": True}
-        losses, _ = self.bank.episode_losses(episodes, states[:, -1:], **settings)
+        losses, _ = self._calibrated_losses(self.bank, episodes, states[:, -1:])
         loss = losses.mean()
         if self.config.path_prefix_weight > 0 and self.config.policy_steps > 1:
             generator = self._generator("prefix")
             k = 1 + int(torch.randint(self.config.policy_steps - 1, (1,), generator=generator))
-            early, _ = self.bank.episode_losses(episodes, states[:, k : k + 1], **settings)
+            early, _ = self._calibrated_losses(self.bank, episodes, states[:, k : k + 1])
             loss = (1 - self.config.path_prefix_weight) * loss + self.config.path_prefix_weight * early.mean()
         return loss
 
@@ -287,8 +290,7 @@ class LoHpTrainer:
         for episode in episodes:
             features = self._features([episode], bank)
             final = rollout(self.policy, features)[:, -1:]
-            settings = {"head": self.config.head, "ridge": self.config.ridge, "calibrated": True}
-            loss, accuracy = bank.episode_losses([episode], final, **settings)
+            loss, accuracy = self._calibrated_losses(bank, [episode], final)
             losses.append(float(loss))
             accuracies.append(float(accuracy))
         return {"validation_loss": fmean(losses), "validation_accuracy": fmean(accuracies)}
