@@ -140,6 +140,22 @@ def test_adamw_learns_from_the_support(policy, encoder):
     assert all(after[name].equal(value) for name, value in before.items())
     with pytest.raises(ValueError, match="at least 1 step of at least 1 example, got 0 steps of 32"):
         AdamWBaseline(encoder.base_model, encoder.tokenizer, policy, steps=0)
+    with pytest.raises(ValueError, match=r"`init` must be one of \['default', 'eva'\], got 'pissa'"):
+        AdamWBaseline(encoder.base_model, encoder.tokenizer, policy, init="pissa")
+
+
+def test_eva_starts_along_the_inputs_of_the_support_set(policy, encoder):
+    """With next to no step, B is zero and A is what differs between starts."""
+    support = TASKS[0].draw_support(8, 0)
+    rows = {}
+    for init in ("default", "eva"):
+        settings = {"learning_rate": 1e-12, "steps": 1, "init": init}
+        baseline = AdamWBaseline(encoder.base_model, encoder.tokenizer, policy, **settings)
+        ((adapted, _),) = baseline.fit(support, 0)
+        rows[init] = next(p for name, p in adapted.base_model.named_parameters() if "lora_A" in name)
+    products = rows["eva"] @ rows["eva"].T
+    torch.testing.assert_close(products, products.diag().diag(), atol=1e-4, rtol=0)  # singular vectors
+    assert not torch.allclose(rows["eva"], rows["default"])
 
 
 def test_scores():

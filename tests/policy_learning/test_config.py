@@ -25,6 +25,8 @@ def test_the_limits_of_lambda_are_allowed():
         ("save_every", 0, "at least 1"),
         ("validation_episodes", 0, "at least 1"),
         ("rollouts_per_task", 1, "at least 2"),
+        ("support_size", 3, "at least 4"),
+        ("max_classes", 1, "at least 2"),
         ("kl_target", 0.0, "above 0 nats"),
     ],
 )
