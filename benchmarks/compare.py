@@ -44,11 +44,11 @@ def training_of(setting: Setting, encoder, budget: Budget, seed: int) -> Trainin
     """Training tasks, episodes and validation episodes, as in policy learning."""
     held_out = load_tasks(VALIDATION) + contrast_tasks([CONTRAST_VALIDATION])
     sides = []
-    for tasks in (training_tasks(), held_out):
+    for tasks, contrast in ((training_tasks(), 0.3), (held_out, 0.2)):
         bank = TaskBank(encoder, rows_per_task=budget.rows_per_task)
         for task in tasks:
             bank.add(task)
-        sides.append((bank, EpisodeSampler(bank.labels, contrast_groups(tasks))))
+        sides.append((bank, EpisodeSampler(bank.labels, contrast_groups(tasks), contrast=contrast)))
     (bank, sampler), (validation, source) = sides
     generator = torch.Generator().manual_seed(0)
     episodes = [source.sample(generator) for _ in range(budget.validation_episodes)]

@@ -34,10 +34,8 @@ def measure(subject, task: Task, shots: int, by: str, options) -> dict:
     calls = {}
     for suffix, precision, dtype in (("", "no", None), ("_bf16", "bf16", torch.bfloat16)):
         settings = {"steps": options.adamw_steps, "learning_rate": options.adamw_learning_rate, "dtype": dtype}
-        adamw, config = (
-            AdamWBaseline(model, tokenizer, policy, **settings),
-            GenerationConfig(mixed_precision=precision),
-        )
+        adamw = AdamWBaseline(model, tokenizer, policy, **settings)
+        config = GenerationConfig(mixed_precision=precision)
         calls[f"generated{suffix}"] = partial(generate_adapter, policy, model, tokenizer, support, config)
         calls[f"adamw{suffix}"] = partial(adamw.fit, support, seed=0)
     seconds: dict[str, list[float]] = {name: [] for name in calls}

@@ -51,7 +51,7 @@ class GenerationConfig:
         metadata={"help": "no or bf16, of the base model's forward passes; faster where the processor has it"},
     )
     head: str | None = field(default=None, metadata={"help": "ridge or prototype; none for the policy's own"})
-    seed: int = field(default=0, metadata={"help": "seed of folds and stochastic rollouts"})
+    seed: int = field(default=0, metadata={"help": "seed of the compared texts and of stochastic rollouts"})
 
     def __post_init__(self) -> None:
         problems = []
@@ -75,7 +75,7 @@ class Candidate:
 
     Args:
         name: `none`, `mean`, `generated`, `generated x 0.5`, `rollout 1`, ...
-        score: Leave-one-out cross-entropy on the support set in nats, lower is better; `None` when not scored.
+        score: Calibrated leave-one-out loss of a ridge head on the support set in nats, lower is better; `None` when not scored.
         excess: Mean of its loss over the generated adapter's, example by example, and the standard error of that.
     """
 

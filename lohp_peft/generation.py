@@ -181,7 +181,7 @@ def generate_adapters(
 
     The policy's mean rollout is the generated adapter. When `choose` is on it is compared with no adapter, with the
     training tasks' mean adapter, with the average of the two adapters and with the further candidates asked for, by the
-    leave-one-out loss of the head on the support set; another one replaces it only when it is better by `margin`
+    leave-one-out loss of a ridge head on the support set, whichever head is used then; another one replaces it only when it is better by `margin`
     standard errors (Ours: the policy is better on average, so a noisy comparison has to be convincing; that it was
     conditioned on the examples it is scored on was worth 0.01 nats on validation tasks, and conditioning it on
     halves chose no better for two more passes over the texts).

@@ -13,7 +13,7 @@ from lohp_peft.tasks import Examples, Head, TextEncoder, solve_head
 from methods.base import Adapted, Method, Setting, Support
 
 PROBE_PENALTY = 10.0
-"""scikit-learn's `C`: embeddings have length 1, and a weaker penalty is no better on validation tasks."""
+"""scikit-learn's `C`, for embeddings of length 1; not chosen on validation tasks yet."""
 
 
 class NoAdapter(Method):

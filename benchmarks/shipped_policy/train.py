@@ -18,7 +18,7 @@ from lohp_peft.trajectories import TrajectoryDataset
 DEFAULTS = {
     "batch_size": 6,
     "cloning_steps": 120,
-    "training_steps": 600,
+    "training_steps": 500,
     "validate_every": 100,
     "validation_episodes": 96,
     "rows_per_task": 300,

@@ -83,9 +83,8 @@ class TaskBank:
         owner = torch.repeat_interleave(torch.arange(b * s), torch.tensor(sizes))
         x = self.encoder.embed(EncodedTexts.concatenate(encoded), states.flatten(0, 1), owner).split(sizes)
         losses, accuracies = [], []
-        with torch.autocast(
-            self.encoder.device.type, enabled=False
-        ):  # the reward is float32, whatever the networks are
+        # The reward is float32, whatever the networks are.
+        with torch.autocast(self.encoder.device.type, enabled=False):
             for i in range(b * s):
                 episode = episodes[i // s]
                 support, query = x[i].split([len(episode.support_labels), len(episode.query_labels)])

@@ -128,8 +128,8 @@ def calibrated_cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "m
     """Cross-entropy in nats at the temperature that suits these scores best, the mean or that of every example.
 
     A head of few examples is far from sure of its scores, so that at a fixed temperature an adapter earns most by making
-    it surer, at the price of accuracy where classes are many (Ours: on validation tasks of 20 classes such adapters had
-    0.14 nats less and were wrong more often than none). Here only the order and the relative size of the scores count.
+    it surer, at the price of accuracy (Ours: on a validation task of 21 classes the generated adapter had 0.14 nats less
+    than none and was wrong more often). Here only the order and the relative size of the scores count.
     The factor is within 0.05 to 20, where the loss is convex in it; gradients are exact, for it is a minimum.
 
     Args:
