@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from lohp_peft.files import read_json
+
 __all__ = ["adapter_card", "is_hub_id", "policy_card", "write_adapter_card", "write_policy_card"]
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -154,7 +156,7 @@ def write_adapter_card(
     folder = Path(folder)
     config = _read_json(folder, "adapter_config.json", "an adapter folder")
     recorded = folder / "lohp_provenance.json"
-    provenance = json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else {}
+    provenance = _read_json(folder, recorded.name, "an adapter folder") if recorded.exists() else {}
     card = adapter_card(
         config,
         provenance,
@@ -266,8 +268,8 @@ print([labels[i] for i in logits.argmax(-1).tolist()])"""
 
 def _read_json(folder: Path, name: str, kind: str) -> dict[str, Any]:
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        return read_json(folder / name)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not {kind}: cannot read {name} ({error}).") from error
 
 

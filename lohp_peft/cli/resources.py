@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from safetensors import SafetensorError
+
+from lohp_peft.files import read_json
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -21,6 +24,7 @@ def load_base_model(name: str) -> tuple[Any, Any]:
     Raises:
         ImportError: When `minilm` is asked for and its package is not installed.
         OSError: When the folder or repository does not exist.
+        ValueError: When its weights are damaged.
     """
     revision = None
     path = name
@@ -37,7 +41,10 @@ def load_base_model(name: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    model = AutoModel.from_pretrained(path, revision=revision, use_safetensors=True).eval()
+    try:
+        model = AutoModel.from_pretrained(path, revision=revision, use_safetensors=True).eval()
+    except SafetensorError as error:
+        raise ValueError(f"The weights of base model {name} are damaged: {error}.") from error
     model.requires_grad_(False)
     if name == "minilm":
         # adapters name the public repository of these weights, not a folder of this machine
@@ -85,21 +92,14 @@ def load_tasks(files: Sequence[Path]) -> list[Any]:
     Where `tasks.json` lies beside a file, `{name: {"family": ..., "licence": ...}}`, both are taken from it.
 
     Raises:
-        ValueError: Naming every unreadable file, and every name that two files share.
+        ValueError: Naming every unreadable file, `tasks.json` among them, and every name that two files share.
     """
     from lohp_peft.tasks import Task
 
     tasks, problems = [], []
     for file in files:
         try:
-            about = json.loads((file.parent / "tasks.json").read_text(encoding="utf-8")).get(
-                file.name.split(".")[0], {}
-            )
-        except (OSError, ValueError, AttributeError):
-            about = {}
-        try:
-            details = {key: str(about[key]) for key in ("family", "licence") if about.get(key)}
-            tasks.append(Task.from_jsonl(file, **details))
+            tasks.append(Task.from_jsonl(file, **_details(file)))
         except ValueError as error:
             problems.append(str(error))
     names = [task.name for task in tasks]
@@ -107,6 +107,17 @@ def load_tasks(files: Sequence[Path]) -> list[Any]:
     if problems:
         raise ValueError(" ".join(problems))
     return tasks
+
+
+def _details(file: Path) -> dict[str, str]:
+    """Family and licence of a task file, from `tasks.json` beside it."""
+    beside = file.parent / "tasks.json"
+    if not beside.is_file():
+        return {}
+    about = read_json(beside).get(file.name.split(".")[0]) or {}
+    if not isinstance(about, dict):
+        raise ValueError(f"{beside} must describe {file.name} by an object, got {type(about).__name__}.")
+    return {key: str(about[key]) for key in ("family", "licence") if about.get(key)}
 
 
 def write_json(content: Any, target: Path | None = None) -> None:

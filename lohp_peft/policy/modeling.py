@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
+from lohp_peft.files import read_tensors, write_atomically
 from lohp_peft.hub import find_policy
-from lohp_peft.policy.config import LoHpPolicyConfig
+from lohp_peft.policy.config import CONFIG_FILE, LoHpPolicyConfig
 from lohp_peft.policy.networks import FeatureNormalizer, ForwardNetwork, LogFlowNetwork
 from lohp_peft.policy.reference_set import ReferenceSet
 from lohp_peft.tasks.features import TaskFeatures
@@ -149,10 +149,10 @@ class LoHpPolicy(PreTrainedModel):
         """Write the policy folder: configuration, weights, coordinates and reference set; safetensors and JSON only."""
         tensors = self.space.to_tensors()
         super().save_pretrained(save_directory, **kwargs)
-        save_file(tensors, Path(save_directory) / SPACE_FILE)
+        write_atomically(Path(save_directory) / SPACE_FILE, save(tensors))
         if self.reference_set is not None:
             tensors, metadata = self.reference_set.to_tensors()
-            save_file(tensors, Path(save_directory) / REFERENCE_FILE, metadata)
+            write_atomically(Path(save_directory) / REFERENCE_FILE, save(tensors, metadata))
 
     @classmethod
     def from_pretrained(
@@ -171,34 +171,54 @@ class LoHpPolicy(PreTrainedModel):
         """
         name = str(pretrained_model_name_or_path)
         folder = find_policy(name if revision is None or Path(name).is_dir() else f"{name}@{revision}")
-        missing = [name for name in ("config.json", WEIGHTS_FILE, SPACE_FILE) if not (folder / name).is_file()]
+        missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE, SPACE_FILE) if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder} is not a policy folder: it lacks {missing}.")
         try:
-            _read(folder / WEIGHTS_FILE)
+            config = kwargs.pop("config", None) or cls.config_class.read(folder)
+            layout = AdapterLayout.from_dict(config.layout)
+            tensors, _ = read_tensors(folder / SPACE_FILE)
+            space = WeightSpace.from_tensors(layout, config.space_kind, config.r, tensors)
+            if list(space.shape) != list(config.state_shape):
+                raise ValueError(f"its states are {config.state_shape}, those of its weight space {list(space.shape)}")
+            stored, _ = read_tensors(folder / WEIGHTS_FILE)
+            broken = sorted(name for name, x in stored.items() if not x.float().isfinite().all())
+            if broken:
+                raise ValueError(f"{WEIGHTS_FILE} holds values that are not finite: {broken}")
             kwargs |= {"use_safetensors": True, "output_loading_info": True}
-            policy, info = super().from_pretrained(folder, *args, **kwargs)
+            policy, info = super().from_pretrained(folder, *args, config=config, **kwargs)
             for tensor in (*policy.parameters(), *policy.buffers()):
                 tensor.data = tensor.data.clone()  # out of the mapped file, whose alignment would change the last bits
             kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
             wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
             if wrong:
                 raise ValueError(f"{WEIGHTS_FILE} does not fit config.json: {wrong}")
-            tensors, _ = _read(folder / SPACE_FILE)
-            layout = AdapterLayout.from_dict(policy.config.layout)
-            space = WeightSpace.from_tensors(layout, policy.config.space_kind, policy.config.r, tensors)
+            policy.set_space(space)
             if (folder / REFERENCE_FILE).is_file():
-                policy.reference_set = ReferenceSet.from_tensors(*_read(folder / REFERENCE_FILE))
-        except (OSError, KeyError, RuntimeError) as error:
+                policy.reference_set = ReferenceSet.from_tensors(*read_tensors(folder / REFERENCE_FILE))
+                _check_reference(policy, policy.reference_set)
+        except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"The policy folder {folder} is damaged: {error}") from error
-        policy.set_space(space)
         return policy.eval()
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as stream:
-            return {name: stream.get_tensor(name) for name in stream.keys()}, stream.metadata() or {}
-    except Exception as error:
-        raise ValueError(f"{path.name}: {error}") from error
+def _check_reference(policy: LoHpPolicy, reference: ReferenceSet) -> None:
+    """Make sure that the training tasks have this policy's states and features."""
+    config = policy.config
+    modules, width = config.state_shape
+    p, f, features = config.principal_directions, config.module_features, reference.features
+    parts = {
+        "states": (reference.states, (modules, width)),
+        "set": (features.set, (2 * p,)),
+        "labels": (features.labels, (p + 6,)),
+        "modules": (features.modules, (modules, 2 * f)),
+        "moments": (features.moments, (modules, p, config.r + 1)),
+    }
+    wrong = [
+        f"{name} have shape {tuple(x.shape)}, not {(len(reference.names), *shape)}"
+        for name, (x, shape) in parts.items()
+        if tuple(x.shape) != (len(reference.names), *shape)
+    ]
+    wrong += [f"{name} are not finite" for name, (x, _) in parts.items() if not x.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{REFERENCE_FILE} does not fit the policy: {'; '.join(wrong)}")

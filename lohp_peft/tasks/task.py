@@ -1,7 +1,6 @@
 """A labelled text task: its rows, its splits, and seeded draws of a support set."""
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lohp_peft.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -134,23 +135,9 @@ class Task:
             ValueError: Naming the file and every malformed line.
         """
         path = Path(path)
-        rows, problems = [], []
-        opener = gzip.open if path.suffix == ".gz" else open
-        try:
-            with opener(path, "rt", encoding="utf-8") as stream:
-                for number, line in enumerate(stream, 1):
-                    if not line.strip():
-                        continue
-                    try:
-                        rows.append(json.loads(line))
-                    except json.JSONDecodeError as error:
-                        problems.append(f"line {number}: {error.msg}")
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise ValueError(f"Cannot read task file {path}: {error}") from error
-        if problems or not rows:
-            raise ValueError(
-                f"Task file {path} is not JSON lines: " + ("; ".join(problems[:20]) or "it has no rows") + "."
-            )
+        rows = read_json_lines(path)
+        if not rows:
+            raise ValueError(f"Task file {path} is not JSON lines: it has no rows.")
         try:
             examples = Examples.from_rows(rows)
         except ValueError as error:
@@ -174,6 +161,30 @@ class Task:
     def draw_support(self, shots: int, seed: int, split: str = "train") -> Examples:
         """Draw up to `shots` examples a class, seeded; classes with fewer give what they have."""
         return draw(self.split(split), shots, seed)
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a file of JSON lines, plain or gzipped; empty lines are left out.
+
+    Raises:
+        ValueError: Naming the file, when it cannot be read, and every malformed line.
+    """
+    rows, problems = [], []
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(parse_json(line))
+                except ValueError as error:
+                    problems.append(f"line {number}: {error}")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise ValueError(f"Cannot read {path}: {error}") from error
+    if problems:
+        raise ValueError(f"{path} is not JSON lines: " + "; ".join(problems[:20]) + ".")
+    return rows
 
 
 def draw(examples: Examples, shots: int, seed: int) -> Examples:
