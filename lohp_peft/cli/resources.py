@@ -24,7 +24,7 @@ def load_base_model(name: str) -> tuple[Any, Any]:
     Raises:
         ImportError: When `minilm` is asked for and its package is not installed.
         OSError: When the folder or repository does not exist.
-        ValueError: When its weights are damaged.
+        ValueError: When its files are damaged.
     """
     revision = None
     path = name
@@ -40,12 +40,18 @@ def load_base_model(name: str) -> tuple[Any, Any]:
         path, revision = name.split("@", 1)
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     try:
-        model = AutoModel.from_pretrained(path, revision=revision, use_safetensors=True).eval()
-    except SafetensorError as error:
-        raise ValueError(f"The weights of base model {name} are damaged: {error}.") from error
-    model.requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        options = {"revision": revision, "use_safetensors": True, "output_loading_info": True}
+        model, info = AutoModel.from_pretrained(path, **options)
+        missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # which is not read
+        if missing:
+            raise ValueError(f"it lacks the weights {', '.join(missing)}")
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"The base model {name} or its tokenizer cannot be loaded, a file may be damaged: {error}"
+        ) from error
+    model.eval().requires_grad_(False)
     if name == "minilm":
         # adapters name the public repository of these weights, not a folder of this machine
         model.name_or_path = model.config.name_or_path = MINILM

@@ -119,8 +119,12 @@ class LoHpPolicyConfig(PretrainedConfig):
         numbers = {"ridge": ridge, "dropout": dropout, "noise_scale": noise_scale}
         wrong = {name: value for name, value in texts.items() if not isinstance(value, str)}
         wrong |= {name: value for name, value in numbers.items() if not _is_number(value)}
+        if not isinstance(provenance, dict | None):
+            wrong["provenance"] = provenance
         if wrong:
-            raise ValueError(f"Of a policy {list(texts)} are texts and {list(numbers)} finite numbers; got {wrong}.")
+            raise ValueError(
+                f"Of a policy {list(texts)} are texts, {list(numbers)} finite numbers and `provenance` is a mapping; got {wrong}."
+            )
         self.layout = layout or {"modules": []}
         self.space_kind, self.r = space_kind, r
         self.base_model_name, self.base_fingerprint = base_model_name, base_fingerprint

@@ -8,6 +8,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lohp_peft.adapters.importing import FLOAT_TYPES
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
 from lohp_peft.files import read_tensors, write_atomically
@@ -182,9 +183,14 @@ class LoHpPolicy(PreTrainedModel):
             if list(space.shape) != list(config.state_shape):
                 raise ValueError(f"its states are {config.state_shape}, those of its weight space {list(space.shape)}")
             stored, _ = read_tensors(folder / WEIGHTS_FILE)
-            broken = sorted(name for name, x in stored.items() if not x.float().isfinite().all())
+            broken = [
+                f"{name} is {x.dtype}" for name, x in stored.items() if x.dtype not in (*FLOAT_TYPES, torch.bool)
+            ]
+            broken += [f"{name} is not finite" for name, x in stored.items() if not x.float().isfinite().all()]
             if broken:
-                raise ValueError(f"{WEIGHTS_FILE} holds values that are not finite: {broken}")
+                raise ValueError(
+                    f"{WEIGHTS_FILE} must hold finite floating-point numbers: {'; '.join(sorted(broken))}"
+                )
             kwargs |= {"use_safetensors": True, "output_loading_info": True}
             policy, info = super().from_pretrained(folder, *args, config=config, **kwargs)
             for tensor in (*policy.parameters(), *policy.buffers()):

@@ -39,6 +39,8 @@ def read_checkpoint(folder: Path, config: Mapping[str, Any], device: str) -> tup
     rules = {"config": dict, "step": int, "file": str, "sha256": str, "best": list, "temperature": float}
     rules["reference_loss"] = float
     wrong = [f"{name!r} is {record.get(name)!r}" for name, kind in rules.items() if type(record.get(name)) is not kind]
+    if not wrong and [type(value) for value in record["best"]] != [float, int]:
+        wrong.append(f"'best' is {record['best']!r}")
     if wrong:
         raise ValueError(_damaged(folder, f"in {STATE_FILE} {'; '.join(wrong)}"))
     mine = json.loads(json.dumps(config))

@@ -82,11 +82,11 @@ class Examples:
         for i, row in enumerate(rows):
             if not isinstance(row, Mapping):
                 problems.append(f"row {i}: expected a mapping with 'text' and 'label', got {type(row).__name__}")
-            elif not isinstance(row.get("text"), str) or not row["text"].strip():
+            elif not _is_text(row.get("text")) or not row["text"].strip():
                 problems.append(f"row {i}: 'text' must be a non-empty string, got {row.get('text')!r}")
-            elif isinstance(row.get("label"), bool) or not isinstance(row.get("label"), str | int):
+            elif type(row.get("label")) is not int and not _is_text(row.get("label")):
                 problems.append(f"row {i}: 'label' must be a string or an int, got {row.get('label')!r}")
-            elif (row.get("text_b") is not None) != pair or (pair and not isinstance(row["text_b"], str)):
+            elif (row.get("text_b") is not None) != pair or (pair and not _is_text(row["text_b"])):
                 problems.append(
                     f"row {i}: 'text_b' must be a string in all rows or in none, got {row.get('text_b')!r}"
                 )
@@ -142,7 +142,10 @@ class Task:
             examples = Examples.from_rows(rows)
         except ValueError as error:
             raise ValueError(f"Task file {path}: {error}") from error
-        splits = tuple(str(row.get("split", "train")) for row in rows)
+        splits = tuple(row.get("split", "train") for row in rows)
+        problems = [f"row {i}: 'split' must be a string, got {x!r}" for i, x in enumerate(splits) if not _is_text(x)]
+        if problems:
+            raise ValueError(f"Task file {path}: {'; '.join(problems[:20])}")
         return cls(name or path.name.split(".")[0], examples, splits, family, licence)
 
     def split(self, name: str) -> Examples:
@@ -161,6 +164,11 @@ class Task:
     def draw_support(self, shots: int, seed: int, split: str = "train") -> Examples:
         """Draw up to `shots` examples a class, seeded; classes with fewer give what they have."""
         return draw(self.split(split), shots, seed)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string that has a UTF-8 form; JSON can spell halves of characters, which have none."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -113,6 +113,8 @@ class SnapshotStore:
             try:
                 tensors, header = read_tensors(path)
                 values, follows = {int(step): x for step, x in tensors.items()}, int(header.get("follows", "missing"))
+                if any(x.dtype != torch.float32 or x.ndim != 1 for x in values.values()):
+                    raise ValueError("a snapshot is no float32 vector")
             except (OSError, ValueError) as error:
                 raise ValueError(f"Recorded snapshots {path} are damaged ({error}); remove the folder.") from error
             if header.get("signature") != signature:
