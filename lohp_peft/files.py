@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,26 @@ from safetensors.torch import load
 from torch import Tensor
 
 TEMPORARY_SUFFIX = ".tmp"
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: When it is not JSON, repeats a key, or is nested too deeply.
+        ValueError: When it is not JSON in UTF-8, repeats a key, is nested too deeply, or spells half of a character, which
+            could be read but not written again.
     """
+    text = text.decode() if isinstance(text, bytes) else text
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_unique)
+        if _HALF_CHARACTER.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it spells half of a character, {error.object[error.start : error.end]!r}") from None
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ SCHEMA_VERSION = 3
 CONFIG_FILE = "config.json"
 MAX_SIZE = 2**20
 """Above any size of a policy; nothing is allocated on the word of a file beyond it."""
+MAX_LAYERS = 1000
 
 
 class LoHpPolicyConfig(PretrainedConfig):
@@ -100,7 +101,9 @@ class LoHpPolicyConfig(PretrainedConfig):
             "max_text_length": max_text_length,
         }
         wrong: dict[str, Any] = {
-            name: value for name, value in sizes.items() if type(value) is not int or not 0 < value <= MAX_SIZE
+            name: value
+            for name, value in sizes.items()
+            if type(value) is not int or not 0 < value <= (MAX_LAYERS if name == "num_layers" else MAX_SIZE)
         }
         if wrong or hidden_size % num_heads:
             raise ValueError(

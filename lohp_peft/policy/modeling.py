@@ -1,17 +1,20 @@
 """`LoHpPolicy`: the learned optimization policy with its coordinates and its reference set."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lohp_peft.adapters.importing import FLOAT_TYPES
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
-from lohp_peft.files import read_tensors, write_atomically
+from lohp_peft.files import read_tensors
 from lohp_peft.hub import find_policy
 from lohp_peft.policy.config import CONFIG_FILE, LoHpPolicyConfig
 from lohp_peft.policy.networks import FeatureNormalizer, ForwardNetwork, LogFlowNetwork
@@ -21,6 +24,8 @@ from lohp_peft.tasks.features import TaskFeatures
 WEIGHTS_FILE = "model.safetensors"
 SPACE_FILE = "space.safetensors"
 REFERENCE_FILE = "reference_set.safetensors"
+NEW_FOLDER = ".new"
+"""Where a policy is written before it takes the place of an earlier one."""
 
 
 class LoHpPolicy(PreTrainedModel):
@@ -147,13 +152,28 @@ class LoHpPolicy(PreTrainedModel):
         return self.log_flow_network(state / self.scale, start, flat, step, optimizer)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the policy folder: configuration, weights, coordinates and reference set; safetensors and JSON only."""
-        tensors = self.space.to_tensors()
-        super().save_pretrained(save_directory, **kwargs)
-        write_atomically(Path(save_directory) / SPACE_FILE, save(tensors))
-        if self.reference_set is not None:
-            tensors, metadata = self.reference_set.to_tensors()
-            write_atomically(Path(save_directory) / REFERENCE_FILE, save(tensors, metadata))
+        """Write the policy folder: configuration, weights, coordinates and reference set; safetensors and JSON only.
+
+        Everything is written beside the files of an earlier policy before any of them is replaced.
+
+        Raises:
+            OSError: When it cannot be written; an earlier policy is still there.
+        """
+        tensors, folder = self.space.to_tensors(), Path(save_directory)
+        new = folder / NEW_FOLDER
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            super().save_pretrained(new, **kwargs)
+            save_file(tensors, new / SPACE_FILE)
+            if self.reference_set is not None:
+                tensors, metadata = self.reference_set.to_tensors()
+                save_file(tensors, new / REFERENCE_FILE, metadata)
+            for path in new.iterdir():
+                os.replace(path, folder / path.name)
+        except SafetensorError as error:
+            raise OSError(f"Cannot write the policy to {folder}: {error}.") from error
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
     @classmethod
     def from_pretrained(
@@ -191,14 +211,16 @@ class LoHpPolicy(PreTrainedModel):
                 raise ValueError(
                     f"{WEIGHTS_FILE} must hold finite floating-point numbers: {'; '.join(sorted(broken))}"
                 )
-            kwargs |= {"use_safetensors": True, "output_loading_info": True}
-            policy, info = super().from_pretrained(folder, *args, config=config, **kwargs)
+            with torch.device("meta"):
+                expected = {name: tuple(x.shape) for name, x in cls(config).state_dict().items()}
+            found = {name: tuple(x.shape) for name, x in stored.items()}
+            names = sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name))
+            if names:
+                shapes = {name: (found.get(name), expected.get(name)) for name in names}
+                raise ValueError(f"{WEIGHTS_FILE} does not fit {CONFIG_FILE}, shapes (found, expected): {shapes}")
+            policy = super().from_pretrained(folder, *args, config=config, use_safetensors=True, **kwargs)
             for tensor in (*policy.parameters(), *policy.buffers()):
                 tensor.data = tensor.data.clone()  # out of the mapped file, whose alignment would change the last bits
-            kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-            wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
-            if wrong:
-                raise ValueError(f"{WEIGHTS_FILE} does not fit config.json: {wrong}")
             policy.set_space(space)
             if (folder / REFERENCE_FILE).is_file():
                 policy.reference_set = ReferenceSet.from_tensors(*read_tensors(folder / REFERENCE_FILE))
