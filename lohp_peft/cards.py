@@ -291,7 +291,7 @@ def _front_matter(base_model: str | None, library: str, tags: list[str], license
 def _base_link(base_model: str | None) -> str:
     if is_hub_id(base_model):
         return f"[{base_model}](https://huggingface.co/{base_model})"
-    return f"a local base model (`{Path(base_model).name}`)" if base_model else "its base model"
+    return f"a local base model (`{Path(str(base_model)).name}`)" if base_model else "its base model"
 
 
 def _targets(targets: Any) -> str | None:
