@@ -1,7 +1,6 @@
 """Configuration of the policy."""
 
 import inspect
-import math
 from pathlib import Path
 from typing import Any
 
@@ -174,4 +173,4 @@ class LoHpPolicyConfig(PretrainedConfig):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_SIZE

@@ -183,6 +183,7 @@ POLICY_CASES = [
         "does not fit config.json, shapes .found, expected",
     ),
     Case("texts are numbers", put(CONFIG, pooling=3, ridge="x"), "policy", "'pooling': 3, 'ridge': 'x'"),
+    Case("dropout of 400 digits", put(CONFIG, dropout=10**400), "policy", "finite numbers.*'dropout': 1000"),
     Case("states are huge", put(CONFIG, state_shape=[10**6, 10**6]), "policy", "its states are .1000000, 1000000"),
     Case("states are no shape", put(CONFIG, state_shape=[None]), "policy", "`state_shape` two whole numbers"),
     Case("policy's layout is a list", put(CONFIG, layout=[1]), "policy", "mappings.*'layout': .1"),
