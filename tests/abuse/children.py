@@ -11,8 +11,8 @@ import torch
 FORK = multiprocessing.get_context("fork") if os.name == "posix" else None
 LIMIT_S = 600
 """A child that takes longer hangs; it has hundreds of times what it needs."""
-WRITERS = ("files.py", "dataset.py", "checkpoint.py", "modeling.py", "train.py")
-"""Modules that write; half of the kills come while one of them runs."""
+WRITERS = ("write_atomically", "write_checkpoint", "create", "append", "save_pretrained")
+"""Functions that write; half of the kills come at what they do themselves."""
 
 
 def in_child(work: Callable[[], object]):
@@ -44,7 +44,7 @@ def in_child(work: Callable[[], object]):
 
 
 class Moments:
-    """Counts the calls and returns of a process, all of them and those while a writer runs, and may end it at one.
+    """Counts the calls and returns of a process, all of them and those of its writers, and may end it at one.
 
     Args:
         kill: `(kind, number)`: the process dies at the `number`-th moment of kind `"any"` or `"writing"`; `None` never.
@@ -61,8 +61,7 @@ class Moments:
         sys.setprofile(None)
 
     def _see(self, frame, event, _argument) -> None:
-        path = frame.f_code.co_filename
-        writing = "lohp_peft" in path and path.endswith(WRITERS)
+        writing = frame.f_code.co_name in WRITERS and "lohp_peft" in frame.f_code.co_filename
         for kind in ("any", "writing") if writing else ("any",):
             self.counts[kind] += 1
             if self.kill == (kind, self.counts[kind]):
