@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": settings,
         "environment": environment(),
         "trained": {
-            f"{method}-{seed}": {key: float(tensors[key]) for key in ("minutes", "validation_loss") if key in tensors}
+            target.stem: {key: float(tensors[key]) for key in ("minutes", "validation_loss") if key in tensors}
             for target in sorted((options.work / "fits").glob("*.safetensors"))
             if (tensors := load_file(target))
         },
