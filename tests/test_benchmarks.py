@@ -230,6 +230,47 @@ def test_latency(scripts, subject, tmp_path, monkeypatch):
     assert result["bf16"]["ratio_of_the_median_task"] == result["rows"][-1]["ratio_bf16"]
 
 
+@pytest.mark.slow
+def test_warm_start(scripts, subject, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", ["cr", "amazon_dvd"])))
+    warm_start = scripts("warm_start")
+    line = [str(tmp_path / "work"), *subject, "--tasks", "cr", "amazon_dvd", "--shots", "4", "--max-test", "12"]
+    line += ["--checkpoints", "0", "1", "3", "--output", str(tmp_path / "result.json")]
+    warm_start.main(line)
+    result = result_of(tmp_path / "result.json")
+    assert set(result["starts"]) == {"default", "eva", "generated", "mean"}
+    for start, row in result["starts"].items():
+        curves = [task["curves"][start]["loss"] for task in result["tasks"].values()]
+        assert row["loss"] == pytest.approx([fmean(each) for each in zip(*curves, strict=True)])
+    for task in result["tasks"].values():  # no adapter yet, whatever A is
+        assert task["curves"]["eva"]["loss"][0] == pytest.approx(task["curves"]["default"]["loss"][0], abs=1e-4)
+    assert (tmp_path / "result.svg").read_text().startswith("<?xml")
+    capsys.readouterr()
+    (tmp_path / "work" / "cr.json").unlink()
+    warm_start.main(line)
+    assert "[1/1] cr" in capsys.readouterr().out  # the other one was not run again
+    with pytest.raises(SystemExit):
+        warm_start.main([*line, "--starts", "default", "reptile"])
+
+
+def test_steps_to_a_loss(scripts):
+    warm_start = scripts("warm_start")
+    curve, steps = [1.0, 0.6, 0.5, 0.7], [0, 2, 10, 20]
+    assert warm_start.steps_to(curve, steps, 0.8) == pytest.approx(1.0)
+    assert warm_start.steps_to(curve, steps, 0.5) == 10.0
+    assert warm_start.steps_to(curve, steps, 1.5) == 0.0
+    assert warm_start.steps_to(curve, steps, 0.4) == float("inf")
+
+
+@pytest.mark.slow
+def test_scaling(scripts, tmp_path):
+    file = tmp_path / "result.json"
+    scripts("scaling").main(["--shapes", "MiniLM, 3 layers", "--repeats", "1", "--tasks", "2", "--output", str(file)])
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["modules"] == 18
+    assert row["adapter_mb"] == pytest.approx(4 * 16 * (4 * 2 * 384 + 2 * (384 + 1536)) * 3 / 1e6)
+
+
 def test_bootstrap_interval(scripts):
     few_shot = scripts("few_shot")
     assert few_shot.bootstrap_interval([0.02] * 5) == pytest.approx((0.02, 0.02))
