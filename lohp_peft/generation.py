@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, provenance_of, save_plain_lora
-from lohp_peft.adapters.layout import base_model_fingerprint
+from lohp_peft.adapters.layout import base_model_fingerprint, base_of
 from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConfig
 from lohp_peft.cards import write_adapter_card
 from lohp_peft.policy import LoHpPolicy
-from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, tokenizer_fingerprint
+from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, check_base_model, tokenizer_fingerprint
 
 Support = Examples | Iterable[Mapping[str, Any]]
+NAMED_OTHERWISE = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""PEFT's task types whose models hold the base model under a name of its own; models of `SEQ_2_SEQ_LM` do not."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,16 @@ class GeneratedAdapter:
             base_model_name: Hub id or folder of the base model; the policy's by default.
             task_type: PEFT's task type.
             uniform: Leave out `head.safetensors`, for servers that know LoRA only.
+
+        Raises:
+            ValueError: For the task type of a model with a head, in which the modules have other names.
         """
+        if task_type in NAMED_OTHERWISE:
+            raise ValueError(
+                f"`task_type` is {task_type!r}, but this adapter names modules as they are in {self.report.policy['base_model']!r} "
+                "without a head, so it would change nothing in a model with one. Generate into that model: "
+                "`get_peft_model(model, LoHpConfig(policy=...))` or `initialize_lohp_weights`."
+            )
         name = base_model_name or self.report.policy["base_model"] or None
         rank = max(a.shape[0] for a, _ in self.lora.values())
         config = plain_lora_config(name, self.lora, rank, task_type)
@@ -111,8 +122,10 @@ def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed
         mixed_precision: `"bf16"` for forward passes under autocast, `"no"` for the model's own type.
 
     Raises:
-        ValueError: When base model, layout or tokenizer are not the policy's, naming both sides of all that differ.
+        ValueError: When base model, layout or tokenizer are not the policy's, naming both sides of all that differ, or
+            the base model does not read texts.
     """
+    check_base_model(base_of(base_model), tokenizer)
     config, problems = policy.config, []
     try:
         policy.layout.check_fits(base_model)
@@ -123,7 +136,8 @@ def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed
         name = getattr(getattr(base_model, "config", None), "_name_or_path", "") or type(base_model).__name__
         problems.append(
             f"the policy was trained on base model {config.base_model_name!r} (fingerprint {config.base_fingerprint[:12]}), "
-            f"got {name!r} ({found[:12]})"
+            f"got {name!r} ({found[:12]}) in {getattr(base_model, 'dtype', 'an unknown type')}; the same weights in another "
+            "type or quantised are another base model"
         )
     found = tokenizer_fingerprint(tokenizer)
     if config.tokenizer_fingerprint and found != config.tokenizer_fingerprint:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -166,6 +167,8 @@ def save_uniform_lora(model: PeftModel, folder: str | os.PathLike, adapter_name:
 
 def unsupported(layer: LoraLayer, adapter_name: str) -> str | None:
     """Why a LoRA layer's update is not `scaling * B @ A` of a linear layer, or `None` when it is."""
+    if isinstance(layer, ParamWrapper):
+        return f"the parameter {layer.parameter_name!r} (`target_parameters`), not a linear layer"
     if adapter_name not in layer.lora_A:
         return "an embedding or a layer without lora_A"
     if layer.lora_A[adapter_name].weight.dim() != 2:
