@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from lohp_peft.files import read_json
+
 __all__ = ["adapter_card", "is_hub_id", "policy_card", "write_adapter_card", "write_policy_card"]
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -61,6 +63,8 @@ def adapter_card(
         "target modules": _targets(config.get("target_modules")),
         "labels": provenance.pop("label_names", None),
     }
+    if not isinstance(settings["labels"], list | tuple | None):
+        raise ValueError(f"`label_names` in the provenance must be a list of names, got {settings['labels']!r}.")
     limits = ["An adapter from a few examples is as good as they are: check it on labelled examples of your own."]
     if provenance.get("reason"):
         limits.insert(0, f"**The policy did not adapt**, for this reason: {provenance['reason']}.")
@@ -154,7 +158,7 @@ def write_adapter_card(
     folder = Path(folder)
     config = _read_json(folder, "adapter_config.json", "an adapter folder")
     recorded = folder / "lohp_provenance.json"
-    provenance = json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else {}
+    provenance = _read_json(folder, recorded.name, "an adapter folder") if recorded.exists() else {}
     card = adapter_card(
         config,
         provenance,
@@ -198,8 +202,9 @@ def write_policy_card(
     """
     folder = Path(folder)
     config = _read_json(folder, "config.json", "a policy folder")
-    provenance = dict(config.get("provenance") or {})
-    tasks = [{"name": task, **about} for task, about in (provenance.pop("training_tasks", None) or {}).items()]
+    provenance = dict(_mapping(config.get("provenance"), f"provenance in {folder / 'config.json'}"))
+    named = _mapping(provenance.pop("training_tasks", None), "training_tasks in the provenance")
+    tasks = [{"name": task, **_mapping(about, f"training task {task!r}")} for task, about in named.items()]
     shape = {key: config.get(key) for key in ("preset", "space_kind", "r", "policy_steps", "pooling", "max_length")}
     card = policy_card(
         {**shape, "training tasks": len(tasks), **provenance, "base_fingerprint": config.get("base_fingerprint")},
@@ -266,9 +271,15 @@ print([labels[i] for i in logits.argmax(-1).tolist()])"""
 
 def _read_json(folder: Path, name: str, kind: str) -> dict[str, Any]:
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        return read_json(folder / name)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not {kind}: cannot read {name} ({error}).") from error
+
+
+def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping | None):
+        raise ValueError(f"{what} must be a mapping, got {value!r}.")
+    return value or {}
 
 
 def _front_matter(base_model: str | None, library: str, tags: list[str], license: str | None) -> str:

@@ -1,7 +1,5 @@
 """`LoHpConfig`: LoRA whose weights a learned policy writes."""
 
-import gzip
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from lohp_peft.adapters.export import GenerationRecord
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.writing import backbone_of, unwritable_options
 from lohp_peft.registration import ensure_peft_type
+from lohp_peft.tasks.task import read_json_lines
 
 _DEFAULT_RANK = LoraConfig.r
 _NOT_CARRIED_OVER = {"peft_type", "peft_version", "runtime_config", "init_lora_weights"}
@@ -158,7 +157,7 @@ def follow_policy(config: LoHpConfig, model: nn.Module) -> None:
     from lohp_peft.hub import find_policy
 
     # The policy's configuration alone: its weights could not be read where PEFT makes modules without memory.
-    policy = LoHpPolicy.config_class.from_pretrained(find_policy(config.policy_id or ""))
+    policy = LoHpPolicy.config_class.read(find_policy(config.policy_id or ""))
     layout = AdapterLayout.from_dict(policy.layout)
     _, prefix = backbone_of(model, layout)
     names = [prefix + spec.name for spec in layout.modules]
@@ -184,7 +183,7 @@ def read_support_file(source: str) -> list[dict[str, Any]]:
     """Rows of split `train` from a file of JSON lines, plain or gzipped, or from a data set `owner/name[@commit]`.
 
     Raises:
-        ValueError: When the file is not JSON lines, naming every malformed line.
+        ValueError: When the file does not exist or is not JSON lines, naming every malformed line.
     """
     path = Path(source)
     if not path.is_file():
@@ -194,19 +193,5 @@ def read_support_file(source: str) -> list[dict[str, Any]]:
 
         name, _, revision = source.partition("@")
         return list(load_dataset(name, split="train", revision=revision or None))
-    rows, problems = [], []
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    problems.append(f"line {number}: {error.msg}")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"Cannot read the support file {source}: {error}") from error
-    if problems:
-        raise ValueError(f"The support file {source} is not JSON lines: " + "; ".join(problems[:20]) + ".")
+    rows = read_json_lines(path)
     return [row for row in rows if not isinstance(row, dict) or row.get("split", "train") == "train"]

@@ -1,6 +1,5 @@
 """Publishing to and fetching from the Hugging Face Hub: safetensors, JSON and Markdown only, revisions pinned."""
 
-import json
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 
 from lohp_peft.cards import is_hub_id, write_adapter_card, write_policy_card
+from lohp_peft.files import read_json
 
 SAFE_SUFFIXES = (".json", ".md", ".safetensors")
 SAFE_NAMES = ("LICENSE",)
@@ -54,7 +54,7 @@ def check_folder(folder: str | os.PathLike) -> tuple[str, dict[str, int]]:
 
     Raises:
         ValueError: Naming every file that is neither safetensors, JSON nor Markdown, every link and hidden file; when
-            the kind cannot be told; or when the base model is named by a path of this machine.
+            the kind cannot be told or what tells it is damaged; or when the base model is named by a path of this machine.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -204,24 +204,16 @@ def find_policy(name: str | os.PathLike) -> Path:
 def _kind(folder: Path, sizes: dict[str, int]) -> tuple[str, Any]:
     """The kind of a folder and the name of its base model."""
     if "adapter_config.json" in sizes:
-        return "adapter", _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return "adapter", read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if "manifest.json" in sizes:
-        manifest = _read_json(folder / "manifest.json")
+        manifest = read_json(folder / "manifest.json")
         if manifest.get("format") == "lohp_peft.trajectories":
             return "trajectories", manifest.get("base_model_name")
     if "config.json" in sizes:
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         if str(config.get("model_type", "")).startswith("lohp"):
             return "policy", config.get("base_model_name")
     raise ValueError(
         f"{folder} is neither an adapter (adapter_config.json), a policy (config.json with a model_type of lohp) "
         "nor recorded trajectories (manifest.json)."
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        content = None
-    return content if isinstance(content, dict) else {}

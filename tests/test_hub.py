@@ -119,11 +119,17 @@ def test_local_base_model_is_refused(tmp_path, file, content):
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("config.json", "{}"), ("config.json", '{"model_type": "bert"}'), ("manifest.json", "{}"), ("config.json", "{")],
+    [("config.json", "{}"), ("config.json", '{"model_type": "bert"}'), ("manifest.json", "{}")],
 )
 def test_folder_of_no_known_kind(tmp_path, file, content):
     (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match="neither an adapter"):
+        check_folder(tmp_path)
+
+
+def test_a_damaged_description_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
         check_folder(tmp_path)
 
 

@@ -12,11 +12,12 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import Adapter
+from lohp_peft.files import write_atomically
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
@@ -39,12 +40,12 @@ class GenerationRecord:
         """Write `lohp_provenance.json` and, where there is a head, `head.safetensors`; a head of before is removed."""
         folder = Path(folder)
         text = json.dumps(self.provenance, indent=2, allow_nan=False)
-        (folder / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
+        write_atomically(folder / PROVENANCE_FILE, (text + "\n").encode())
         if self.head is None:
             (folder / HEAD_FILE).unlink(missing_ok=True)
         else:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.items()}
-            save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
+            write_atomically(folder / HEAD_FILE, save(tensors, metadata={"format": "pt"}))
 
 
 def plain_lora_config(
@@ -116,7 +117,7 @@ def save_plain_lora(
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = torch.nn.functional.pad(a.detach().cpu(), (0, 0, 0, rows)).contiguous()
         tensors[f"{prefix}.lora_B.weight"] = torch.nn.functional.pad(b.detach().cpu(), (0, rows)).contiguous()
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(str(folder))
     if record is not None:
         record.write(folder)

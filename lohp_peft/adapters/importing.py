@@ -1,17 +1,22 @@
 """Reading adapters that PEFT saved: one folder, or the checkpoints of a training run."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from lohp_peft.files import read_json, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_NUMBER = 1e6
+"""Above any rank and `lora_alpha` in use."""
+MAX_REPETITIONS = 4
+_REPEATED_GROUP, _REPETITION = re.compile(r"\)[*+{]"), re.compile(r"[*+{]")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 
@@ -33,13 +38,15 @@ def read_plain_lora(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     folder = Path(folder)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
-    kept_apart = tuple(config.get("modules_to_save") or ())
+    kept_apart = config.get("modules_to_save") or ()
     halves: dict[str, dict[str, Tensor]] = {}
     problems = []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        if match is not None:
-            halves.setdefault(match[1], {})[match[2]] = tensor
+        if match is not None and match[2] in halves.setdefault(match[1], {}):
+            problems.append(f"{key}: the second lora_{match[2]} of its module")
+        elif match is not None:
+            halves[match[1]][match[2]] = tensor
         elif not any(f".{name}." in f".{key}" for name in kept_apart):
             problems.append(f"{key}: neither lora_A nor lora_B of a linear layer")
     adapter = {}
@@ -52,6 +59,8 @@ def read_plain_lora(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
         scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         a, b = (side.to(torch.promote_types(side.dtype, torch.float32)) for side in (sides["A"], sides["B"]))
         adapter[name] = (a, b * scaling)
+        if not adapter[name][1].isfinite().all():
+            problems.append(f"{name}: its scaling {scaling} leaves the range of {b.dtype}")
     if not halves:
         problems.append("it has no lora_A or lora_B")
     if problems:
@@ -99,22 +108,44 @@ def read_checkpoints(run: str | Path) -> list[tuple[int, dict[str, tuple[Tensor,
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG_FILE)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not an adapter folder: cannot read {CONFIG_FILE} ({error}).") from error
-    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "LOHP"):
-        found = config.get("peft_type") if isinstance(config, dict) else None
+    if config.get("peft_type") not in ("LORA", "LOHP"):
+        found = config.get("peft_type")
         raise ValueError(f"Only adapters of type LORA can be read, but {folder / CONFIG_FILE} has {found!r}.")
-    wrong = [
-        f"{name}={config.get(name)!r}"
-        for name in ("r", "lora_alpha")
-        if isinstance(config.get(name), bool) or not isinstance(config.get(name), int | float) or config[name] <= 0
-    ]
+    numbers = {name: config.get(name) for name in ("r", "lora_alpha")}
+    wrong = []
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name) or {}
+        if isinstance(pattern, dict):
+            numbers |= {f"{name}[{key!r}]": value for key, value in pattern.items()}
+            wrong += [f"{name}[{key!r}] is no simple regular expression" for key in pattern if not _is_expression(key)]
+        else:
+            wrong.append(f"{name}={pattern!r}")
+    wrong += [f"{name}={value!r}" for name, value in numbers.items() if not _is_positive(value)]
+    kept_apart = config.get("modules_to_save") or []
+    if not isinstance(kept_apart, list) or not all(isinstance(name, str) for name in kept_apart):
+        wrong.append(f"modules_to_save={kept_apart!r}")
     if wrong:
         raise ValueError(
-            f"{folder / CONFIG_FILE} needs positive numbers `r` and `lora_alpha`, got {', '.join(wrong)}."
+            f"{folder / CONFIG_FILE} needs positive numbers `r` and `lora_alpha`, patterns from names to such numbers, and "
+            f"names in `modules_to_save`; got {', '.join(wrong)}."
         )
     return config
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MAX_NUMBER
+
+
+def _is_expression(text: str) -> bool:
+    """Whether a pattern is a regular expression that is matched in a moment: no repeated group, few repetitions."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return _REPEATED_GROUP.search(text) is None and len(_REPETITION.findall(text)) <= MAX_REPETITIONS
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -125,9 +156,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             "`safe_serialization=True`."
         )
     try:
-        with safe_open(path, framework="pt") as stream:
-            return {key: stream.get_tensor(key) for key in stream.keys()}
-    except (OSError, SafetensorError) as error:
+        return read_tensors(path)[0]
+    except OSError as error:
         raise ValueError(f"{path} is damaged ({error}).") from error
 
 
@@ -141,6 +171,9 @@ def _problem(sides: dict[str, Tensor], rank: float) -> str | None:
     if set(sides) != {"A", "B"}:
         return f"only lora_{next(iter(sides))}"
     a, b = sides["A"], sides["B"]
+    odd = [f"lora_{side} of type {x.dtype}" for side, x in sides.items() if x.dtype not in FLOAT_TYPES]
+    if odd:
+        return " and ".join(odd)
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         return f"A {tuple(a.shape)} and B {tuple(b.shape)} are not of one rank"
     if a.shape[0] != rank:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+MAX_FEATURES = 2**20
+"""Above any side of a linear layer known; what a file says about sizes is not allocated beyond it."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,25 @@ class AdapterLayout:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "AdapterLayout":
-        """Inverse of `to_dict`."""
-        return cls(tuple(ModuleSpec(**spec) for spec in data["modules"]))
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: When `data` is no layout, listing every module that is not described as `to_dict` does or is
+                given twice.
+        """
+        modules = data.get("modules") if isinstance(data, dict) else None
+        if not isinstance(modules, list) or not modules:
+            raise ValueError(f"A layout must list its target modules under 'modules', got {_short(data)}.")
+        wrong = [f"module {i}: {_short(spec)}" for i, spec in enumerate(modules) if not _is_spec(spec)]
+        if wrong:
+            raise ValueError(
+                f"A layout's modules need name, kind, layer, d_in and d_out, sizes in 1..{MAX_FEATURES}; got {'; '.join(wrong)}."
+            )
+        specs = tuple(ModuleSpec(**spec) for spec in modules)
+        twice = sorted(name for name, count in Counter(spec.name for spec in specs).items() if count > 1)
+        if twice:
+            raise ValueError(f"A layout must name a module once, but {', '.join(twice)} are repeated.")
+        return cls(specs)
 
     def fingerprint(self) -> str:
         """SHA-256 of names and shapes."""
@@ -115,6 +136,17 @@ class AdapterLayout:
                 f"The adapter layout does not fit {type(base_of(model)).__name__}; {len(wrong)} of {len(self.modules)} "
                 f"modules differ: {'; '.join(wrong)}. Use the base model the layout was made for."
             )
+
+
+def _is_spec(data: Any) -> bool:
+    types = {field.name: field.type for field in fields(ModuleSpec)}
+    if not isinstance(data, dict) or {name: type(value) for name, value in data.items()} != types:
+        return False
+    return 0 < data["d_in"] <= MAX_FEATURES and 0 < data["d_out"] <= MAX_FEATURES
+
+
+def _short(value: Any) -> str:
+    return repr(value) if len(repr(value)) <= 200 else repr(value)[:200] + "..."
 
 
 def spec_of(name: str, d_in: int, d_out: int) -> ModuleSpec:

@@ -182,6 +182,11 @@ class WeightSpace(ABC):
         missing = [name for side in sides for name in names[side] if name not in tensors]
         if missing:
             raise ValueError(f"The bases do not fit the layout: {', '.join(missing)} are missing.")
+        surplus = sorted(set(tensors) - {name for side in sides for name in names[side]})
+        wrong = [f"{name} is {x.dtype}" for name, x in sorted(tensors.items()) if x.dtype != torch.float32]
+        if surplus or wrong:
+            problems = [*wrong, *(f"{name} belongs to no module" for name in surplus)]
+            raise ValueError(f"The bases must be one float32 matrix a module and side: {'; '.join(problems)}.")
         return spaces[kind](layout, r, *([tensors[name] for name in names[side]] for side in sides))
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,12 +17,21 @@ class _Text(str):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which a repeated key is an error."""
+    """Safe YAML in which a repeated key is an error, and so is an alias, by which few lines can stand for gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"alias *{self.peek_event().anchor}; write its value out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise ValueError(
+                    f"the key in line {key_node.start_mark.line + 1} must be text, got {type(key).__name__}"
+                )
             if key in seen:
                 raise ValueError(f"key {key!r} is repeated in line {key_node.start_mark.line + 1}")
             seen.add(key)
@@ -64,10 +73,10 @@ def read_config(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        values = _parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"Cannot read the configuration {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"Configuration {path} is not valid YAML: {error}") from error
     if values is None:
         return {}
@@ -76,6 +85,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"Configuration {path} must be a mapping of field names to values, got {type(values).__name__}."
         )
     return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value of a YAML text; a `ValueError` says what is wrong with it."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def _pairs(arguments: Sequence[str], problems: list[str]) -> list[tuple[str, _Text]]:
@@ -193,20 +212,25 @@ def _coerce(value: Any, hint: Any, key: str, problems: list[str]) -> Any:
 def _coerce_text(text: _Text, hint: Any, key: str, problems: list[str]) -> Any:
     if hint is str:
         return str(text)
-    try:
-        value = yaml.load(str(text), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError):
-        value = str(text)
+    value = _yaml_or_text(str(text))
     try:
         return _coerce(value, hint, key, problems)
     except _Mismatch:
         # a number where text is wanted, or a list written without brackets
-        for other in (str(text), [yaml.safe_load(item) for item in str(text).split(",")], str(text).split(",")):
+        items = str(text).split(",")
+        for other in (str(text), [_yaml_or_text(item) for item in items], items):
             try:
                 return _coerce(other, hint, key, problems)
             except _Mismatch:
                 continue
         raise
+
+
+def _yaml_or_text(text: str) -> Any:
+    try:
+        return _parse_yaml(text)
+    except ValueError:
+        return text
 
 
 def _first(value: Any, options: Sequence[Any], key: str, problems: list[str]) -> Any:
@@ -230,7 +254,7 @@ def _number(value: Any, kind: type) -> int | float:
         raise _Mismatch(f"must be {wanted}, got {value!r}")
     try:
         number = float(value)  # YAML 1.1 reads 1e-4 as text
-    except ValueError:
+    except (ValueError, OverflowError):
         raise _Mismatch(f"must be {wanted}, got {value!r}") from None
     if kind is float:
         return number

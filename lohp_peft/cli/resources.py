@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from safetensors import SafetensorError
+
+from lohp_peft.files import read_json
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -21,7 +24,7 @@ def load_base_model(name: str) -> tuple[Any, Any]:
     Raises:
         ImportError: When `minilm` is asked for and its package is not installed.
         OSError: When the folder or repository does not exist.
-        ValueError: When the model does not read texts.
+        ValueError: When its files are damaged or it does not read texts.
     """
     revision = None
     path = name
@@ -39,13 +42,22 @@ def load_base_model(name: str) -> tuple[Any, Any]:
 
     from lohp_peft.tasks import check_base_model
 
-    config = AutoConfig.from_pretrained(path, revision=revision)
-    encoder_alone = config.is_encoder_decoder and type(config) in AutoModelForTextEncoding._model_mapping
-    loader = AutoModelForTextEncoding if encoder_alone else AutoModel
-    model = loader.from_pretrained(path, revision=revision, use_safetensors=True).eval()
-    model.requires_grad_(False)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        encoder_alone = config.is_encoder_decoder and type(config) in AutoModelForTextEncoding._model_mapping
+        loader = AutoModelForTextEncoding if encoder_alone else AutoModel
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        options = {"revision": revision, "use_safetensors": True, "output_loading_info": True}
+        model, info = loader.from_pretrained(path, **options)
+        missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # which is not read
+        if missing:
+            raise ValueError(f"it lacks the weights {', '.join(missing)}")
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"The base model {name} or its tokenizer cannot be loaded, a file may be damaged: {error}"
+        ) from error
+    model.eval().requires_grad_(False)
     check_base_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token does
     if name == "minilm":
@@ -94,21 +106,14 @@ def load_tasks(files: Sequence[Path]) -> list[Any]:
     Where `tasks.json` lies beside a file, `{name: {"family": ..., "licence": ...}}`, both are taken from it.
 
     Raises:
-        ValueError: Naming every unreadable file, and every name that two files share.
+        ValueError: Naming every unreadable file, `tasks.json` among them, and every name that two files share.
     """
     from lohp_peft.tasks import Task
 
     tasks, problems = [], []
     for file in files:
         try:
-            about = json.loads((file.parent / "tasks.json").read_text(encoding="utf-8")).get(
-                file.name.split(".")[0], {}
-            )
-        except (OSError, ValueError, AttributeError):
-            about = {}
-        try:
-            details = {key: str(about[key]) for key in ("family", "licence") if about.get(key)}
-            tasks.append(Task.from_jsonl(file, **details))
+            tasks.append(Task.from_jsonl(file, **_details(file)))
         except ValueError as error:
             problems.append(str(error))
     names = [task.name for task in tasks]
@@ -116,6 +121,17 @@ def load_tasks(files: Sequence[Path]) -> list[Any]:
     if problems:
         raise ValueError(" ".join(problems))
     return tasks
+
+
+def _details(file: Path) -> dict[str, str]:
+    """Family and licence of a task file, from `tasks.json` beside it."""
+    beside = file.parent / "tasks.json"
+    if not beside.is_file():
+        return {}
+    about = read_json(beside).get(file.name.split(".")[0]) or {}
+    if not isinstance(about, dict):
+        raise ValueError(f"{beside} must describe {file.name} by an object, got {type(about).__name__}.")
+    return {key: str(about[key]) for key in ("family", "licence") if about.get(key)}
 
 
 def write_json(content: Any, target: Path | None = None) -> None:

@@ -1,10 +1,19 @@
 """Configuration of the policy."""
 
+import inspect
+import math
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from lohp_peft.files import read_json
+
 SCHEMA_VERSION = 3
+CONFIG_FILE = "config.json"
+MAX_SIZE = 2**20
+"""Above any size of a policy; nothing is allocated on the word of a file beyond it."""
+MAX_LAYERS = 1000
 
 
 class LoHpPolicyConfig(PretrainedConfig):
@@ -72,6 +81,8 @@ class LoHpPolicyConfig(PretrainedConfig):
         schema_version: int = SCHEMA_VERSION,
         **kwargs: Any,
     ) -> None:
+        if type(schema_version) is not int:
+            raise ValueError(f"`schema_version` of a policy must be a whole number, got {schema_version!r}.")
         if schema_version != SCHEMA_VERSION:
             raise ValueError(
                 f"This policy has schema version {schema_version}, this lohp_peft reads version {SCHEMA_VERSION}: "
@@ -81,14 +92,41 @@ class LoHpPolicyConfig(PretrainedConfig):
             "r": r,
             "policy_steps": policy_steps,
             "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
             "num_directions": num_directions,
             "principal_directions": principal_directions,
+            "embedding_size": embedding_size,
+            "module_features": module_features,
+            "max_text_length": max_text_length,
         }
-        wrong = {name: value for name, value in sizes.items() if not isinstance(value, int) or value < 1}
+        wrong: dict[str, Any] = {
+            name: value
+            for name, value in sizes.items()
+            if type(value) is not int or not 0 < value <= (MAX_LAYERS if name == "num_layers" else MAX_SIZE)
+        }
         if wrong or hidden_size % num_heads:
             raise ValueError(
-                f"Policy sizes must be positive integers and `hidden_size` a multiple of `num_heads`; got {wrong or ''} "
-                f"hidden_size={hidden_size}, num_heads={num_heads}."
+                f"Policy sizes must be positive integers of at most {MAX_SIZE} and `hidden_size` a multiple of `num_heads`; "
+                f"got {wrong or ''} hidden_size={hidden_size}, num_heads={num_heads}."
+            )
+        texts = {
+            "space_kind": space_kind,
+            "base_model_name": base_model_name,
+            "base_fingerprint": base_fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "pooling": pooling,
+            "head": head,
+            "preset": preset,
+        }
+        numbers = {"ridge": ridge, "dropout": dropout, "noise_scale": noise_scale}
+        wrong = {name: value for name, value in texts.items() if not isinstance(value, str)}
+        wrong |= {name: value for name, value in numbers.items() if not _is_number(value)}
+        if not isinstance(provenance, dict | None):
+            wrong["provenance"] = provenance
+        if wrong:
+            raise ValueError(
+                f"Of a policy {list(texts)} are texts, {list(numbers)} finite numbers and `provenance` is a mapping; got {wrong}."
             )
         self.layout = layout or {"modules": []}
         self.space_kind, self.r = space_kind, r
@@ -105,3 +143,24 @@ class LoHpPolicyConfig(PretrainedConfig):
         self.preset, self.provenance = preset, dict(provenance or {})
         self.schema_version = schema_version
         super().__init__(**kwargs)
+
+    @classmethod
+    def read(cls, folder: Path) -> "LoHpPolicyConfig":
+        """The configuration in a policy folder; entries of transformers that a policy has no use for are left out.
+
+        Raises:
+            OSError: When it cannot be read.
+            ValueError: When it is damaged or not that of a policy.
+        """
+        values = read_json(folder / CONFIG_FILE)
+        if values.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"{folder / CONFIG_FILE} is not that of a policy: its model_type must be {cls.model_type!r}, got "
+                f"{values.get('model_type')!r}."
+            )
+        known = set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

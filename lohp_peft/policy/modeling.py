@@ -1,18 +1,22 @@
 """`LoHpPolicy`: the learned optimization policy with its coordinates and its reference set."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lohp_peft.adapters.importing import FLOAT_TYPES
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
+from lohp_peft.files import read_tensors
 from lohp_peft.hub import find_policy
-from lohp_peft.policy.config import LoHpPolicyConfig
+from lohp_peft.policy.config import CONFIG_FILE, LoHpPolicyConfig
 from lohp_peft.policy.networks import FeatureNormalizer, ForwardNetwork, LogFlowNetwork
 from lohp_peft.policy.reference_set import ReferenceSet
 from lohp_peft.tasks.features import TaskFeatures
@@ -20,6 +24,8 @@ from lohp_peft.tasks.features import TaskFeatures
 WEIGHTS_FILE = "model.safetensors"
 SPACE_FILE = "space.safetensors"
 REFERENCE_FILE = "reference_set.safetensors"
+NEW_FOLDER = ".new"
+"""Where a policy is written before it takes the place of an earlier one."""
 
 
 class LoHpPolicy(PreTrainedModel):
@@ -146,13 +152,28 @@ class LoHpPolicy(PreTrainedModel):
         return self.log_flow_network(state / self.scale, start, flat, step, optimizer)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the policy folder: configuration, weights, coordinates and reference set; safetensors and JSON only."""
-        tensors = self.space.to_tensors()
-        super().save_pretrained(save_directory, **kwargs)
-        save_file(tensors, Path(save_directory) / SPACE_FILE)
-        if self.reference_set is not None:
-            tensors, metadata = self.reference_set.to_tensors()
-            save_file(tensors, Path(save_directory) / REFERENCE_FILE, metadata)
+        """Write the policy folder: configuration, weights, coordinates and reference set; safetensors and JSON only.
+
+        Everything is written beside the files of an earlier policy before any of them is replaced.
+
+        Raises:
+            OSError: When it cannot be written; an earlier policy is still there.
+        """
+        tensors, folder = self.space.to_tensors(), Path(save_directory)
+        new = folder / NEW_FOLDER
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            super().save_pretrained(new, **kwargs)
+            save_file(tensors, new / SPACE_FILE)
+            if self.reference_set is not None:
+                tensors, metadata = self.reference_set.to_tensors()
+                save_file(tensors, new / REFERENCE_FILE, metadata)
+            for path in new.iterdir():
+                os.replace(path, folder / path.name)
+        except SafetensorError as error:
+            raise OSError(f"Cannot write the policy to {folder}: {error}.") from error
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
     @classmethod
     def from_pretrained(
@@ -171,34 +192,61 @@ class LoHpPolicy(PreTrainedModel):
         """
         name = str(pretrained_model_name_or_path)
         folder = find_policy(name if revision is None or Path(name).is_dir() else f"{name}@{revision}")
-        missing = [name for name in ("config.json", WEIGHTS_FILE, SPACE_FILE) if not (folder / name).is_file()]
+        missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE, SPACE_FILE) if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder} is not a policy folder: it lacks {missing}.")
         try:
-            _read(folder / WEIGHTS_FILE)
-            kwargs |= {"use_safetensors": True, "output_loading_info": True}
-            policy, info = super().from_pretrained(folder, *args, **kwargs)
+            config = kwargs.pop("config", None) or cls.config_class.read(folder)
+            layout = AdapterLayout.from_dict(config.layout)
+            tensors, _ = read_tensors(folder / SPACE_FILE)
+            space = WeightSpace.from_tensors(layout, config.space_kind, config.r, tensors)
+            if list(space.shape) != list(config.state_shape):
+                raise ValueError(f"its states are {config.state_shape}, those of its weight space {list(space.shape)}")
+            stored, _ = read_tensors(folder / WEIGHTS_FILE)
+            broken = [
+                f"{name} is {x.dtype}" for name, x in stored.items() if x.dtype not in (*FLOAT_TYPES, torch.bool)
+            ]
+            broken += [f"{name} is not finite" for name, x in stored.items() if not x.float().isfinite().all()]
+            if broken:
+                raise ValueError(
+                    f"{WEIGHTS_FILE} must hold finite floating-point numbers: {'; '.join(sorted(broken))}"
+                )
+            with torch.device("meta"):
+                expected = {name: tuple(x.shape) for name, x in cls(config).state_dict().items()}
+            found = {name: tuple(x.shape) for name, x in stored.items()}
+            names = sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name))
+            if names:
+                shapes = {name: (found.get(name), expected.get(name)) for name in names}
+                raise ValueError(f"{WEIGHTS_FILE} does not fit {CONFIG_FILE}, shapes (found, expected): {shapes}")
+            policy = super().from_pretrained(folder, *args, config=config, use_safetensors=True, **kwargs)
             for tensor in (*policy.parameters(), *policy.buffers()):
                 tensor.data = tensor.data.clone()  # out of the mapped file, whose alignment would change the last bits
-            kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-            wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
-            if wrong:
-                raise ValueError(f"{WEIGHTS_FILE} does not fit config.json: {wrong}")
-            tensors, _ = _read(folder / SPACE_FILE)
-            layout = AdapterLayout.from_dict(policy.config.layout)
-            space = WeightSpace.from_tensors(layout, policy.config.space_kind, policy.config.r, tensors)
+            policy.set_space(space)
             if (folder / REFERENCE_FILE).is_file():
-                policy.reference_set = ReferenceSet.from_tensors(*_read(folder / REFERENCE_FILE))
-        except (OSError, KeyError, RuntimeError) as error:
+                policy.reference_set = ReferenceSet.from_tensors(*read_tensors(folder / REFERENCE_FILE))
+                _check_reference(policy, policy.reference_set)
+        except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"The policy folder {folder} is damaged: {error}") from error
-        policy.set_space(space)
         return policy.eval()
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as stream:
-            return {name: stream.get_tensor(name) for name in stream.keys()}, stream.metadata() or {}
-    except Exception as error:
-        raise ValueError(f"{path.name}: {error}") from error
+def _check_reference(policy: LoHpPolicy, reference: ReferenceSet) -> None:
+    """Make sure that the training tasks have this policy's states and features."""
+    config = policy.config
+    modules, width = config.state_shape
+    p, f, features = config.principal_directions, config.module_features, reference.features
+    parts = {
+        "states": (reference.states, (modules, width)),
+        "set": (features.set, (2 * p,)),
+        "labels": (features.labels, (p + 6,)),
+        "modules": (features.modules, (modules, 2 * f)),
+        "moments": (features.moments, (modules, p, config.r + 1)),
+    }
+    wrong = [
+        f"{name} have shape {tuple(x.shape)}, not {(len(reference.names), *shape)}"
+        for name, (x, shape) in parts.items()
+        if tuple(x.shape) != (len(reference.names), *shape)
+    ]
+    wrong += [f"{name} are not finite" for name, (x, _) in parts.items() if not x.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{REFERENCE_FILE} does not fit the policy: {'; '.join(wrong)}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from lohp_peft.files import parse_json
 from lohp_peft.tasks.features import TaskFeatures
 
 FEATURES = tuple(field.name for field in fields(TaskFeatures))
@@ -77,7 +78,19 @@ class ReferenceSet:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> "ReferenceSet":
-        """Inverse of `to_tensors`."""
-        tasks = json.loads(metadata["tasks"])
+        """Inverse of `to_tensors`.
+
+        Raises:
+            ValueError: When a tensor or the names of the tasks are missing or malformed.
+        """
+        missing = sorted({*FEATURES, "states"} - set(tensors))
+        if missing:
+            raise ValueError(f"A reference set needs the tensors {missing}.")
+        tasks = parse_json(metadata.get("tasks", "null"))
+        lists = [tasks.get(name) for name in ("names", "families")] if isinstance(tasks, dict) else [None]
+        if not all(isinstance(x, list) and all(isinstance(name, str) for name in x) for x in lists):
+            raise ValueError(
+                "A reference set needs `names` and `families` of its tasks, lists of texts, in its header."
+            )
         features = TaskFeatures(*(tensors[name].float() for name in FEATURES))
         return cls(tuple(tasks["names"]), tuple(tasks["families"]), tensors["states"].float(), features)

@@ -1,15 +1,17 @@
 """The state of a training run on disk: safetensors and JSON, written atomically, the latest only."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from lohp_peft.files import TEMPORARY_SUFFIX, parse_tensors, read_json, sha256, write_atomically
+
 Groups = dict[str, dict[str, Tensor]]
+STATE_FILE = "state.json"
 
 
 def write_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], record: dict) -> None:
@@ -17,11 +19,11 @@ def write_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{group}.{name}": tensor for group, part in groups.items() for name, tensor in part.items()}
     file = f"state-{step}.safetensors"
-    save_file({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}, folder / file)
-    temporary = folder / "state.json.tmp"
-    temporary.write_text(json.dumps({**record, "step": step, "file": file}))
-    os.replace(temporary, folder / "state.json")
-    for old in folder.glob("state-*.safetensors"):
+    data = save({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()})
+    write_atomically(folder / file, data)
+    text = json.dumps({**record, "step": step, "file": file, "sha256": sha256(data)})
+    write_atomically(folder / STATE_FILE, text.encode())
+    for old in [*folder.glob("state-*.safetensors"), *folder.glob(f".state*{TEMPORARY_SUFFIX}")]:
         if old.name != file:
             old.unlink()
 
@@ -30,17 +32,55 @@ def read_checkpoint(folder: Path, config: Mapping[str, Any], device: str) -> tup
     """What `write_checkpoint` wrote.
 
     Raises:
-        ValueError: When the checkpoint was made with other settings than `config`, naming them with both values.
+        ValueError: When the checkpoint is damaged, or was made with other settings than `config`, naming them with both
+            values.
     """
-    record = json.loads((folder / "state.json").read_text())
+    record = read_json(folder / STATE_FILE)
+    rules = {"config": dict, "step": int, "file": str, "sha256": str, "best": list, "temperature": float}
+    rules["reference_loss"] = float
+    wrong = [f"{name!r} is {record.get(name)!r}" for name, kind in rules.items() if type(record.get(name)) is not kind]
+    if not wrong and [type(value) for value in record["best"]] != [float, int]:
+        wrong.append(f"'best' is {record['best']!r}")
+    if wrong:
+        raise ValueError(_damaged(folder, f"in {STATE_FILE} {'; '.join(wrong)}"))
     mine = json.loads(json.dumps(config))
     differ = {k: (record["config"].get(k), v) for k, v in mine.items() if record["config"].get(k) != v}
     if differ:
         raise ValueError(
             f"The checkpoint in {folder} has other settings, (checkpoint, now): {differ}. Use a new folder."
         )
+    if record["file"] != f"state-{record['step']}.safetensors":
+        raise ValueError(_damaged(folder, f"of step {record['step']} it names the file {record['file']!r}"))
+    try:
+        data = (folder / record["file"]).read_bytes()
+    except OSError as error:
+        raise ValueError(_damaged(folder, str(error))) from error
+    if sha256(data) != record["sha256"]:
+        raise ValueError(_damaged(folder, f"{record['file']} is not what was written, its checksum differs"))
     groups: Groups = {}
-    for name, tensor in load_file(folder / record["file"], device=device).items():
+    for name, tensor in parse_tensors(data).items():
         group, _, rest = name.partition(".")
-        groups.setdefault(group, {})[rest] = tensor
+        groups.setdefault(group, {})[rest] = tensor.to(device)
     return groups, record
+
+
+def check_same_shapes(folder: Path, groups: Groups, state: Mapping[str, Tensor], names: set[str]) -> None:
+    """Make sure that the groups `names` of a checkpoint can be loaded in the place of `state`.
+
+    Raises:
+        ValueError: Listing every tensor that differs, with both shapes.
+    """
+    mine = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    problems: dict[str, tuple] = {}
+    for group in sorted(names):
+        found = {name: tuple(tensor.shape) for name, tensor in groups.get(group, {}).items()}
+        pairs = {name: (found.get(name), mine.get(name)) for name in sorted(mine.keys() | found.keys())}
+        problems |= {f"{group}.{name}": pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if problems:
+        raise ValueError(
+            f"The checkpoint in {folder} is of another policy, shapes (checkpoint, now): {problems}. Use a new folder."
+        )
+
+
+def _damaged(folder: Path, problem: str) -> str:
+    return f"The checkpoint in {folder} is damaged: {problem}. Restore it, or remove the folder to start again."

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lohp_peft.objectives import BackwardReference, hybrid_loss, schedule_fractions
 from lohp_peft.policy import LoHpPolicy, rollout
-from lohp_peft.policy_learning.checkpoint import Groups, read_checkpoint, write_checkpoint
+from lohp_peft.policy_learning.checkpoint import Groups, check_same_shapes, read_checkpoint, write_checkpoint
 from lohp_peft.policy_learning.config import PolicyLearningConfig
 from lohp_peft.policy_learning.losses import cloning_loss, divergence, segments
 from lohp_peft.policy_learning.on_policy import OnPolicy, episode_features, reference_temperature
@@ -317,9 +317,12 @@ class LoHpTrainer:
         """Continue from `save`.
 
         Raises:
-            ValueError: When the checkpoint was made with other settings, naming them with both values.
+            ValueError: When the checkpoint is damaged, or was made with other settings or for another policy, naming both
+                sides.
         """
         groups, record = read_checkpoint(folder, asdict(self.config), str(self.accelerator.device))
+        clones = {"best", "reference"} if self.config.reference == "clone" else {"best"}
+        check_same_shapes(folder, groups, self.policy.state_dict(), {"policy", *(clones & groups.keys())})
         self.policy.load_state_dict(groups["policy"])
         self._load_reference(groups)
         self.best_weights = groups.get("best", {})

@@ -1,7 +1,6 @@
 """A labelled text task: its rows, its splits, and seeded draws of a support set."""
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lohp_peft.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,11 @@ class Examples:
         for i, row in enumerate(rows):
             if not isinstance(row, Mapping):
                 problems.append(f"row {i}: expected a mapping with 'text' and 'label', got {type(row).__name__}")
-            elif not isinstance(row.get("text"), str) or not row["text"].strip():
+            elif not _is_text(row.get("text")) or not row["text"].strip():
                 problems.append(f"row {i}: 'text' must be a non-empty string, got {row.get('text')!r}")
-            elif isinstance(row.get("label"), bool) or not isinstance(row.get("label"), str | int):
+            elif type(row.get("label")) is not int and not _is_text(row.get("label")):
                 problems.append(f"row {i}: 'label' must be a string or an int, got {row.get('label')!r}")
-            elif (row.get("text_b") is not None) != pair or (pair and not isinstance(row["text_b"], str)):
+            elif (row.get("text_b") is not None) != pair or (pair and not _is_text(row["text_b"])):
                 problems.append(
                     f"row {i}: 'text_b' must be a string in all rows or in none, got {row.get('text_b')!r}"
                 )
@@ -134,28 +135,17 @@ class Task:
             ValueError: Naming the file and every malformed line.
         """
         path = Path(path)
-        rows, problems = [], []
-        opener = gzip.open if path.suffix == ".gz" else open
-        try:
-            with opener(path, "rt", encoding="utf-8") as stream:
-                for number, line in enumerate(stream, 1):
-                    if not line.strip():
-                        continue
-                    try:
-                        rows.append(json.loads(line))
-                    except json.JSONDecodeError as error:
-                        problems.append(f"line {number}: {error.msg}")
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise ValueError(f"Cannot read task file {path}: {error}") from error
-        if problems or not rows:
-            raise ValueError(
-                f"Task file {path} is not JSON lines: " + ("; ".join(problems[:20]) or "it has no rows") + "."
-            )
+        rows = read_json_lines(path)
+        if not rows:
+            raise ValueError(f"Task file {path} is not JSON lines: it has no rows.")
         try:
             examples = Examples.from_rows(rows)
         except ValueError as error:
             raise ValueError(f"Task file {path}: {error}") from error
-        splits = tuple(str(row.get("split", "train")) for row in rows)
+        splits = tuple(row.get("split", "train") for row in rows)
+        problems = [f"row {i}: 'split' must be a string, got {x!r}" for i, x in enumerate(splits) if not _is_text(x)]
+        if problems:
+            raise ValueError(f"Task file {path}: {'; '.join(problems[:20])}")
         return cls(name or path.name.split(".")[0], examples, splits, family, licence)
 
     def split(self, name: str) -> Examples:
@@ -174,6 +164,35 @@ class Task:
     def draw_support(self, shots: int, seed: int, split: str = "train") -> Examples:
         """Draw up to `shots` examples a class, seeded; classes with fewer give what they have."""
         return draw(self.split(split), shots, seed)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string that has a UTF-8 form; JSON can spell halves of characters, which have none."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a file of JSON lines, plain or gzipped; empty lines are left out.
+
+    Raises:
+        ValueError: Naming the file, when it cannot be read, and every malformed line.
+    """
+    rows, problems = [], []
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(parse_json(line))
+                except ValueError as error:
+                    problems.append(f"line {number}: {error}")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise ValueError(f"Cannot read {path}: {error}") from error
+    if problems:
+        raise ValueError(f"{path} is not JSON lines: " + "; ".join(problems[:20]) + ".")
+    return rows
 
 
 def draw(examples: Examples, shots: int, seed: int) -> Examples:

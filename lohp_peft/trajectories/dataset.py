@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
-from lohp_peft.trajectories.atomic import TEMPORARY_SUFFIX, sha256, write_atomically
+from lohp_peft.files import TEMPORARY_SUFFIX, parse_tensors, sha256, write_atomically
 from lohp_peft.trajectories.manifest import (
     MANIFEST_NAME,
     SHARD_FOLDER,
@@ -267,10 +266,10 @@ def _read_space(folder: Path, manifest: Manifest) -> WeightSpace:
         if sha256(data) != manifest.space_sha256:
             raise ValueError("its checksum is not the manifest's")
         layout = AdapterLayout.from_dict(dict(manifest.layout))
-        return WeightSpace.from_tensors(layout, manifest.space_kind, manifest.space_r, load(data))
+        return WeightSpace.from_tensors(layout, manifest.space_kind, manifest.space_r, parse_tensors(data))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; without its bases no state of {folder} means anything.") from None
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
 
 

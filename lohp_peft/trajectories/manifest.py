@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lohp_peft.files import read_json
+
 SCHEMA_VERSION = 1
 FORMAT = "lohp_peft.trajectories"
 MANIFEST_NAME = "manifest.json"
@@ -82,15 +84,13 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         try:
-            record = json.loads(path.read_bytes())
+            record = read_json(path)
         except FileNotFoundError:
             raise FileNotFoundError(f"{folder} holds no trajectories: there is no {MANIFEST_NAME}.") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged, it is not JSON: {error}.") from error
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
+        if record.get("format") != FORMAT:
             raise ValueError(f"{path} is not a manifest of trajectories: its 'format' must be {FORMAT!r}.")
         version = record.get("schema_version")
-        if not isinstance(version, int) or version < 1:
+        if type(version) is not int or version < 1:
             raise ValueError(f"{path}: 'schema_version' must be a whole number of at least 1, got {version!r}.")
         if version > SCHEMA_VERSION:
             raise ValueError(
@@ -135,7 +135,10 @@ def _check_record(record: Mapping[str, Any]) -> list[str]:
         names.append(entry["file"])
         rules = {"task": str, "optimizer": str, "hyperparameters": dict, "seed": int, "states": int, "metrics": list}
         for i, item in enumerate(entry["trajectories"]):
-            problems += _wrong_types(item, rules, f"trajectory {i} of shard {key!r}")
+            problems += _wrong_types(item, rules, where := f"trajectory {i} of shard {key!r}")
+            metrics = item.get("metrics") if isinstance(item, dict) else None
+            if isinstance(metrics, list) and not all(isinstance(name, str) for name in metrics):
+                problems.append(f"'metrics' of {where} must name its metrics, got {metrics}")
     for name in names:
         try:
             inside(Path(), name)
@@ -147,7 +150,7 @@ def _check_record(record: Mapping[str, Any]) -> list[str]:
 def _wrong_types(record: Any, rules: Mapping[str, type], where: str) -> list[str]:
     if not isinstance(record, dict):
         return [f"{where} must be an object, got {type(record).__name__}"]
-    wrong = [name for name, kind in rules.items() if not isinstance(record.get(name), kind)]
+    wrong = [name for name, kind in rules.items() if type(record.get(name)) is not kind]  # true is no whole number
     return [
         f"{name!r} of {where} must be {rules[name].__name__}, got {type(record.get(name)).__name__}" for name in wrong
     ]

@@ -1,16 +1,14 @@
 """Trajectories to and from the bytes of one safetensors shard."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from lohp_peft.adapters.space import WeightSpace
-from lohp_peft.trajectories.atomic import sha256
+from lohp_peft.files import parse_json, parse_tensors, sha256
 from lohp_peft.trajectories.manifest import ShardEntry
 from lohp_peft.trajectories.trajectory import Trajectory
 
@@ -64,7 +62,7 @@ def decode_shard(data: bytes, entry: ShardEntry, *, dataset_id: str, key: str, s
     header = shard_header(data)
     if header.get("dataset_id") != dataset_id or header.get("key") != key:
         raise ValueError(f"foreign: it was written as {header.get('key')!r} of folder {header.get('dataset_id')!r}")
-    tensors = load(data)
+    tensors = parse_tensors(data)
     expected = {name for i, item in enumerate(entry.trajectories) for name in _names(i, item["metrics"])}
     if set(tensors) != expected:
         missing, surplus = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
@@ -88,11 +86,11 @@ def shard_header(data: bytes) -> Mapping[str, str]:
         ValueError: When the bytes are no safetensors file.
     """
     try:
-        load(data)
+        parse_tensors(data)
         size = int.from_bytes(data[:8], "little")
-        return json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"damaged: not a safetensors file ({error})") from error
+        return parse_json(data[8 : 8 + size]).get("__metadata__", {})
+    except ValueError as error:
+        raise ValueError(f"damaged: {error}") from error
 
 
 def _names(i: int, metrics: Sequence[str]) -> list[str]:

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from lohp_peft.adapters.layout import AdapterLayout, ModuleSpec, linear_shape, spec_of
-from lohp_peft.trajectories.atomic import write_atomically
+from lohp_peft.files import read_tensors, write_atomically
 
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -112,14 +111,15 @@ class SnapshotStore:
         snapshots: dict[int, Tensor] = {}
         for path in self._parts():
             try:
-                with safe_open(path, framework="pt") as part:
-                    header = part.metadata() or {}
-                    values = {int(step): part.get_tensor(step) for step in part.keys()}
-            except (SafetensorError, ValueError) as error:
+                tensors, header = read_tensors(path)
+                values, follows = {int(step): x for step, x in tensors.items()}, int(header.get("follows", "missing"))
+                if any(x.dtype != torch.float32 or x.ndim != 1 for x in values.values()):
+                    raise ValueError("a snapshot is no float32 vector")
+            except (OSError, ValueError) as error:
                 raise ValueError(f"Recorded snapshots {path} are damaged ({error}); remove the folder.") from error
             if header.get("signature") != signature:
                 raise ValueError(f"{path} was recorded from an adapter of other modules, ranks or scaling; remove it.")
-            snapshots = {step: old for step, old in snapshots.items() if step <= int(header["follows"])} | values
+            snapshots = {step: old for step, old in snapshots.items() if step <= follows} | values
         return {step: snapshots[step] for step in sorted(snapshots) if step <= until}
 
     def _parts(self) -> list[Path]:

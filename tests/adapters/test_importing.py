@@ -120,7 +120,7 @@ def change_config(folder, **fields):
     [
         (lambda folder: (folder / "adapter_config.json").unlink(), r"cannot read adapter_config\.json"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), r"cannot read adapter_config\.json"),
-        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "type LORA"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "no JSON object but a list"),
         (lambda folder: change_config(folder, peft_type="IA3"), "'IA3'"),
         (lambda folder: change_config(folder, r=0, lora_alpha=None), "r=0, lora_alpha=None"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "only safetensors are read"),

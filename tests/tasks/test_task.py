@@ -120,7 +120,7 @@ def test_unreadable_files(tmp_path, damage):
         path.write_bytes(content[:12] + bytes(255 - byte for byte in content[12:40]) + content[40:])
     elif damage == "not text":
         path.write_bytes(gzip.compress(b"\xff\xfe\xfa"))
-    with pytest.raises(ValueError, match=r"Cannot read task file .*task.jsonl.gz"):
+    with pytest.raises(ValueError, match=r"Cannot read .*task.jsonl.gz"):
         Task.from_jsonl(path)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from lohp_peft.files import sha256, write_atomically
 from lohp_peft.trajectories import Trajectory, TrajectoryDataset
-from lohp_peft.trajectories.atomic import sha256, write_atomically
 
 
 def _path(dataset, key):
