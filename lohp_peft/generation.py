@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, prove
 from lohp_peft.adapters.layout import base_model_fingerprint
 from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConfig
 from lohp_peft.cards import write_adapter_card
+from lohp_peft.hub import PushReport, push_folder
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, tokenizer_fingerprint
 
@@ -99,6 +102,31 @@ class GeneratedAdapter:
         identity = self.report.chosen == "none"
         save_plain_lora(folder, self.lora, config, record=self.record(head=not uniform), allow_identity=identity)
         write_adapter_card(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        base_model_name: str | None = None,
+        task_type: str | None = "FEATURE_EXTRACTION",
+        uniform: bool = False,
+        **kwargs: Any,
+    ) -> PushReport:
+        """Publish the adapter as a plain LoRA, with its provenance and its card.
+
+        Args:
+            repo_id: `owner/name`.
+            base_model_name: See `save_pretrained`.
+            task_type: See `save_pretrained`.
+            uniform: See `save_pretrained`.
+            **kwargs: See `lohp_peft.hub.push_folder`.
+
+        Returns:
+            What was uploaded; its `commit` is the revision to load.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, base_model_name, task_type, uniform)
+            (Path(folder) / "README.md").unlink()  # written anew, under the name of the repository
+            return push_folder(folder, repo_id, **kwargs)
 
 
 def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed_precision: str = "no") -> TextEncoder:

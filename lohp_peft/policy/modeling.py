@@ -1,6 +1,7 @@
 """`LoHpPolicy`: the learned optimization policy with its coordinates and its reference set."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
-from lohp_peft.hub import find_policy
+from lohp_peft.hub import PushReport, find_policy, push_folder
 from lohp_peft.policy.config import LoHpPolicyConfig
 from lohp_peft.policy.networks import FeatureNormalizer, ForwardNetwork, LogFlowNetwork
 from lohp_peft.policy.reference_set import ReferenceSet
@@ -153,6 +154,20 @@ class LoHpPolicy(PreTrainedModel):
         if self.reference_set is not None:
             tensors, metadata = self.reference_set.to_tensors()
             save_file(tensors, Path(save_directory) / REFERENCE_FILE, metadata)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> PushReport:
+        """Publish the policy with its card.
+
+        Args:
+            repo_id: `owner/name`.
+            **kwargs: See `lohp_peft.hub.push_folder`.
+
+        Returns:
+            What was uploaded; its `commit` is the revision to load.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(folder, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(
