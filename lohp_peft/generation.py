@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, provenance_of, save_plain_lora
+from lohp_peft.adapters.export import (
+    GenerationRecord,
+    plain_lora_config,
+    plain_lora_tensors,
+    provenance_of,
+    save_plain_lora,
+)
 from lohp_peft.adapters.layout import base_model_fingerprint
 from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConfig
 from lohp_peft.cards import write_adapter_card
@@ -96,12 +102,29 @@ class GeneratedAdapter:
             task_type: PEFT's task type.
             uniform: Leave out `head.safetensors`, for servers that know LoRA only.
         """
-        name = base_model_name or self.report.policy["base_model"] or None
-        rank = max(a.shape[0] for a, _ in self.lora.values())
-        config = plain_lora_config(name, self.lora, rank, task_type)
+        config = self._lora_config(base_model_name, task_type)
         identity = self.report.chosen == "none"
         save_plain_lora(folder, self.lora, config, record=self.record(head=not uniform), allow_identity=identity)
         write_adapter_card(folder)
+
+    def to_tensors(
+        self, base_model_name: str | None = None, task_type: str | None = "FEATURE_EXTRACTION"
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The adapter in memory, as `adapter_config.json` and `adapter_model.safetensors` would hold it.
+
+        For `set_peft_model_state_dict`, and for servers that load adapters from tensors.
+
+        Args:
+            base_model_name: See `save_pretrained`.
+            task_type: See `save_pretrained`.
+        """
+        config = self._lora_config(base_model_name, task_type)
+        return config.to_dict(), plain_lora_tensors(self.lora, config.r)
+
+    def _lora_config(self, base_model_name: str | None, task_type: str | None) -> Any:
+        name = base_model_name or self.report.policy["base_model"] or None
+        rank = max(a.shape[0] for a, _ in self.lora.values())
+        return plain_lora_config(name, self.lora, rank, task_type)
 
     def push_to_hub(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,11 @@ def test_the_empty_card_of_peft_is_replaced(hub, policy, tmp_path):
     assert "[More Information Needed]" not in card
     assert 'snapshot_download("me/my-task")' in card
 
+    model.push_to_hub("me/my-task")  # PEFT's own method keeps a card that is there,
+    assert hub.files("me/my-task")["README.md"].decode() == card
+    with pytest.raises(ValueError, match="base_model must be a repository"):
+        model.push_to_hub("me/another")  # and where there is none sends one that knows neither base model nor PEFT
+
 
 SNIPPET = """
 import sys
@@ -190,6 +196,28 @@ def test_the_card_works_where_the_package_does_not_exist(hub, made, base_model, 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout in ("['bad']\n", "['good']\n")
+
+
+def snippets(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+def test_the_other_cards_work(hub, policy, recordings, base_model, capsys):
+    commit = recordings.push_to_hub("me/runs").commit
+    with_package, without = snippets(hub.files("me/runs", "dataset")["README.md"].decode())
+    known = {"base_model": base_model}
+    exec(with_package.replace("<commit hash>", commit), known)
+    assert len(known["dataset"]) == 4
+    assert "lohp_peft" not in without
+    exec(without, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert (len(lines), lines[0][:25]) == (4, "mood adamw 0 (4, 4, 32) 0."[:25])
+
+    commit = policy.push_to_hub("me/policy").commit
+    (code,) = snippets(hub.files("me/policy")["README.md"].decode())
+    code = code.replace("<commit hash>", commit).replace("my-adapter", f"{constants.HF_HOME}/my-adapter")
+    exec(code, {"base_model": tiny.build_bert(), "support": tiny.build_rows(), "tokenizer": tiny.build_tokenizer()})
+    assert Path(constants.HF_HOME, "my-adapter", "adapter_model.safetensors").is_file()
 
 
 # What is refused

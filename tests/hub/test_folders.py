@@ -1,14 +1,12 @@
-"""Publishing and fetching, with the Hub replaced by a folder."""
+"""What may be published, and by which names things are found."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lohp_peft import hub
-from lohp_peft.hub import check_folder, find_policy, pull_folder, push_folder
+from lohp_peft.hub import check_folder, find_policy, find_trajectories, pull_folder, push_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -23,73 +21,26 @@ def adapter(tmp_path):
     return folder
 
 
-@pytest.fixture
-def remote(monkeypatch):
-    """Records what would reach the Hub."""
-    calls = []
-
-    class Api:
-        def __init__(self, token=None):
-            self.token = token
-
-        def create_repo(self, repo_id, **kwargs):
-            calls.append(("create_repo", repo_id, kwargs))
-
-        def create_branch(self, repo_id, **kwargs):
-            calls.append(("create_branch", repo_id, kwargs))
-
-        def upload_folder(self, **kwargs):
-            calls.append(("upload_folder", kwargs["repo_id"], kwargs))
-            return SimpleNamespace(oid=COMMIT, commit_url=f"https://hub/{kwargs['repo_id']}/commit/{COMMIT}")
-
-    monkeypatch.setattr(hub, "HfApi", Api)
-    return calls
-
-
-def test_push_creates_the_repository_and_the_card(adapter, remote):
-    report = push_folder(adapter, "me/my-task", private=True, branch="next")
-    assert [name for name, *_ in remote] == ["create_repo", "create_branch", "upload_folder"]
-    assert remote[0][2] == {"repo_type": "model", "private": True, "exist_ok": True}
-    upload = remote[-1][2]
-    assert upload["allow_patterns"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    assert upload["revision"] == "next"
-    assert report.commit == COMMIT
-    assert report.kind == "adapter"
-    assert report.files["README.md"] == (adapter / "README.md").stat().st_size
-    assert "# my-task" in (adapter / "README.md").read_text()
-
-
-def test_push_keeps_an_existing_card(adapter, remote):
-    (adapter / "README.md").write_text("mine")
-    push_folder(adapter, "me/my-task")
-    assert (adapter / "README.md").read_text() == "mine"
-
-
-def test_dry_run_sends_and_writes_nothing(adapter, remote):
+def test_dry_run_sends_and_writes_nothing(adapter, hub):
     report = push_folder(adapter, "me/my-task", dry_run=True)
-    assert remote == []
+    assert hub.requests == []
     assert report.commit is None
     assert sorted(path.name for path in adapter.iterdir()) == sorted(report.files)
 
 
-def test_trajectories_are_a_dataset(tmp_path, remote):
-    manifest = {"format": "lohp_peft.trajectories", "base_model_name": BASE}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / ".lock").write_text("")
-    assert push_folder(tmp_path, "me/runs").repo_type == "dataset"
-    assert remote[0][2]["repo_type"] == "dataset"
-
-
-def test_resume_state_is_left_out(tmp_path, remote):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "lohp_policy", "base_model_name": BASE}))
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "random_states.pkl").write_bytes(b"")
-    report = push_folder(tmp_path, "me/policy")
+def test_resume_state_is_left_out(tmp_path, hub):
+    folder = tmp_path / "policy"
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "lohp_policy", "base_model_name": BASE}))
+    (folder / "checkpoint" / "random_states.pkl").write_bytes(b"")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "config.json.metadata").write_text("")
+    report = push_folder(folder, "me/policy")
     assert list(report.files) == ["README.md", "config.json"]
-    assert remote[-1][2]["allow_patterns"] == ["README.md", "config.json"]
+    assert set(hub.files("me/policy")) == {".gitattributes", *report.files}
 
 
-def test_unsafe_files_are_all_named(adapter, tmp_path, remote):
+def test_unsafe_files_are_all_named(adapter, tmp_path, hub):
     (adapter / "optimizer.pt").write_bytes(b"")
     (adapter / ".env").write_text("SECRET=1")
     (adapter / "sub").mkdir()
@@ -99,7 +50,7 @@ def test_unsafe_files_are_all_named(adapter, tmp_path, remote):
         push_folder(adapter, "me/my-task")
     for name in ("optimizer.pt", ".env (hidden)", "sub/run.py", "link.json (a link)"):
         assert name in str(error.value)
-    assert remote == []
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(
@@ -128,23 +79,9 @@ def test_folder_of_no_known_kind(tmp_path, file, content):
 
 
 @pytest.mark.parametrize("repo_id", ["name-only", "a/b/c", "/absolute", "me/ spaced"])
-def test_repository_names(adapter, repo_id, remote):
+def test_repository_names(adapter, repo_id):
     with pytest.raises(ValueError, match="owner/name"):
         push_folder(adapter, repo_id)
-
-
-def test_pull_is_pinned_and_limited(monkeypatch, tmp_path):
-    seen = {}
-
-    def snapshot_download(repo_id, **kwargs):
-        seen.update(kwargs, repo_id=repo_id)
-        return str(tmp_path)
-
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    assert pull_folder("me/policy", revision=COMMIT) == tmp_path
-    assert seen["revision"] == COMMIT
-    assert seen["allow_patterns"] == ["*.json", "*.md", "*.safetensors", "LICENSE"]
-    assert find_policy(f"me/policy@{COMMIT}") == tmp_path
 
 
 @pytest.mark.parametrize("revision", ["main", "v1.0", COMMIT[:12], COMMIT.upper(), ""])
@@ -159,6 +96,16 @@ def test_find_policy(tmp_path):
         find_policy(str(tmp_path / "missing"))
     with pytest.raises(ValueError, match="40 hexadecimal digits"):
         find_policy("me/policy")
+
+
+def test_find_trajectories(tmp_path):
+    assert find_trajectories(tmp_path) == tmp_path
+    with pytest.raises(ValueError, match=r"neither an existing folder nor owner/name@commit"):
+        find_trajectories(str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match="40 hexadecimal digits"):
+        find_trajectories("me/runs")
+    with pytest.raises(ValueError, match="records no `base_fingerprint`"):
+        find_trajectories(tmp_path, base_model=torch.nn.Linear(1, 1))
 
 
 def test_shipped_policy_can_be_published():
