@@ -5,15 +5,24 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, provenance_of, save_plain_lora
+from lohp_peft.adapters.export import (
+    GenerationRecord,
+    plain_lora_config,
+    plain_lora_tensors,
+    provenance_of,
+    save_plain_lora,
+)
 from lohp_peft.adapters.layout import base_model_fingerprint, base_of
 from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConfig
 from lohp_peft.cards import write_adapter_card
+from lohp_peft.hub import PushReport, push_folder
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, check_base_model, tokenizer_fingerprint
 
@@ -104,12 +113,54 @@ class GeneratedAdapter:
                 "without a head, so it would change nothing in a model with one. Generate into that model: "
                 "`get_peft_model(model, LoHpConfig(policy=...))` or `initialize_lohp_weights`."
             )
-        name = base_model_name or self.report.policy["base_model"] or None
-        rank = max(a.shape[0] for a, _ in self.lora.values())
-        config = plain_lora_config(name, self.lora, rank, task_type)
+        config = self._lora_config(base_model_name, task_type)
         identity = self.report.chosen == "none"
         save_plain_lora(folder, self.lora, config, record=self.record(head=not uniform), allow_identity=identity)
         write_adapter_card(folder)
+
+    def to_tensors(
+        self, base_model_name: str | None = None, task_type: str | None = "FEATURE_EXTRACTION"
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The adapter in memory, as `adapter_config.json` and `adapter_model.safetensors` would hold it.
+
+        For `set_peft_model_state_dict`, and for servers that load adapters from tensors.
+
+        Args:
+            base_model_name: See `save_pretrained`.
+            task_type: See `save_pretrained`.
+        """
+        config = self._lora_config(base_model_name, task_type)
+        return config.to_dict(), plain_lora_tensors(self.lora, config.r)
+
+    def _lora_config(self, base_model_name: str | None, task_type: str | None) -> Any:
+        name = base_model_name or self.report.policy["base_model"] or None
+        rank = max(a.shape[0] for a, _ in self.lora.values())
+        return plain_lora_config(name, self.lora, rank, task_type)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        base_model_name: str | None = None,
+        task_type: str | None = "FEATURE_EXTRACTION",
+        uniform: bool = False,
+        **kwargs: Any,
+    ) -> PushReport:
+        """Publish the adapter as a plain LoRA, with its provenance and its card.
+
+        Args:
+            repo_id: `owner/name`.
+            base_model_name: See `save_pretrained`.
+            task_type: See `save_pretrained`.
+            uniform: See `save_pretrained`.
+            **kwargs: See `lohp_peft.hub.push_folder`.
+
+        Returns:
+            What was uploaded; its `commit` is the revision to load.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, base_model_name, task_type, uniform)
+            (Path(folder) / "README.md").unlink()  # written anew, under the name of the repository
+            return push_folder(folder, repo_id, **kwargs)
 
 
 def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed_precision: str = "no") -> TextEncoder:

@@ -78,6 +78,22 @@ def plain_lora_config(
     return config
 
 
+def plain_lora_tensors(adapter: Adapter, r: int) -> dict[str, Tensor]:
+    """The tensors of a LoRA of one rank by the keys that PEFT saves them under; smaller ranks are padded with zeros.
+
+    Args:
+        adapter: By module name `lora_A` (rank, d_in) and `lora_B` (d_out, rank) with the scaling folded in.
+        r: Rank of all.
+    """
+    tensors = {}
+    for name, (a, b) in adapter.items():
+        rows = r - a.shape[0]
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.nn.functional.pad(a.detach().cpu(), (0, 0, 0, rows)).contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = torch.nn.functional.pad(b.detach().cpu(), (0, rows)).contiguous()
+    return tensors
+
+
 def save_plain_lora(
     folder: str | os.PathLike,
     adapter: Adapter,
@@ -111,13 +127,8 @@ def save_plain_lora(
         raise ValueError("The adapter cannot be exported: " + "; ".join(problems) + ".")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, (a, b) in adapter.items():
-        rows = config.r - a.shape[0]
-        prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = torch.nn.functional.pad(a.detach().cpu(), (0, 0, 0, rows)).contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = torch.nn.functional.pad(b.detach().cpu(), (0, rows)).contiguous()
-    write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+    data = save(plain_lora_tensors(adapter, config.r), metadata={"format": "pt"})
+    write_atomically(folder / WEIGHTS_FILE, data)
     config.save_pretrained(str(folder))
     if record is not None:
         record.write(folder)
