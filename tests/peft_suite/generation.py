@@ -2,10 +2,11 @@
 
 import copy
 import functools
-import zlib
+import re
 from collections import Counter
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,6 +29,8 @@ def generate_on_injection(counts: Counter) -> None:
         config = self.peft_config[adapter_name]
         if self._merging or config.inference_mode or getattr(config, "_saved_with_weights", True):
             return
+        if kwargs.get("low_cpu_mem_usage"):
+            return
         with torch.random.fork_rng():
             counts[_generate(self, model, adapter_name)] += 1
 
@@ -35,8 +38,10 @@ def generate_on_injection(counts: Counter) -> None:
 
 
 def _generate(tuner: LoHpModel, model: nn.Module, adapter_name: str) -> str:
-    """Generate for one adapter and say how; its seed comes from its name, so that two adapters differ."""
-    config, seed = tuner.peft_config[adapter_name], zlib.crc32(adapter_name.encode()) % 1000
+    """Generate for one adapter and say how; its seed is its place among the adapters, so that two of them differ."""
+    config, seed = tuner.peft_config[adapter_name], list(tuner.peft_config).index(adapter_name)
+    if isinstance(model, PeftModel):
+        return "left as LoRA, around another PEFT model"
     reads_text = isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder
     prefix = f"{model.base_model_prefix}." if reads_text and hasattr(model, model.base_model_prefix) else ""
     layers = {
@@ -52,14 +57,16 @@ def _generate(tuner: LoHpModel, model: nn.Module, adapter_name: str) -> str:
     r = min(min(layer.r[adapter_name], *linear_shape(layer)) for layer in layers.values())
     try:
         writable = check_writable(model, layers, r, adapter_name, config)
-    except ValueError:
-        return "left as LoRA, refused by the package"
+    except ValueError as refusal:
+        reason = re.search(r"update is not zero|uses \w+|has lora_bias|init_lora_weights='\w+'", str(refusal))
+        return f"left as LoRA, refused because {reason.group() if reason else refusal}"
     names = [name.removeprefix(prefix) for name in layers]
     if reads_text:
-        policy = build_policy(model, r=r, seed=seed, targets=names)
         classes = model.config.num_labels if config.task_type == "SEQ_CLS" else 2
         if classes < 2:
             return "left as LoRA, one class"
+        size = model.get_input_embeddings().weight.shape[1]
+        policy = build_policy(model, r=r, seed=seed, targets=names, embedding_size=size)
         rows = build_rows(n_classes=classes, seed=seed)
         settings = GenerationConfig(choose=False, seed=seed)
         tuner.generate_adapter(rows, build_tokenizer(), adapter_name, settings, policy)
