@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 from peft.utils.warning import PeftWarning
@@ -72,7 +72,10 @@ class LoHpModel(LoraModel):
         if not isinstance(config, LoHpConfig) or not config.follows_policy or self._merging:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        # A copy, because one configuration may serve several models.
+        # A copy, because one configuration may serve several models. For these tasks PEFT adds the head to the caller's
+        # `modules_to_save` after injection, so that list is shared with the copy.
+        if config.modules_to_save is None and config.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
+            config.modules_to_save = []
         config = self.peft_config[adapter_name] = copy.copy(config)
         keep_record(config, None)
         follow_policy(config, model)
@@ -91,6 +94,14 @@ class LoHpModel(LoraModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if inputs is not None:
             self.generate_adapter(adapter_name=adapter_name, **inputs)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype or generation_record(self.peft_config[adapter_name]) is None:
+            return
+        for layer in self.model.modules():  # generated at injection in float32, but asked for in the base model's type
+            if isinstance(layer, LoraLayer):
+                layer._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
         as_lora = copy.copy(peft_config)
