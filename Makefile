@@ -1,6 +1,7 @@
 # make demo    the main job on a bare machine: install, then generate, score, save and reload an adapter
 # make test    linter, type checker and tests, offline once installed (they are all started by pytest)
 # make bench   the benchmark suites; see benchmarks/README.md
+# make bench-small   a cut of the comparison with the field, under 15 minutes on 2 cores
 # make format  apply the formatter
 #
 # PYTHON chooses the interpreter and VENV the virtual environment: make test PYTHON=python3.12 VENV=/some/folder
@@ -15,7 +16,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constrain
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench format clean
+.PHONY: demo test bench bench-small format clean
 
 demo: $(VENV)/.stamp-demo
 	$(OFFLINE) $(RUN) examples/demo.py
@@ -25,6 +26,9 @@ test: $(VENV)/.stamp-test
 
 bench: $(VENV)/.stamp-demo
 	$(OFFLINE) $(RUN) -m benchmarks.run
+
+bench-small: $(VENV)/.stamp-demo
+	$(OFFLINE) $(RUN) -m benchmarks.run compare_small
 
 format: $(VENV)/.stamp-test
 	$(RUN) -m ruff check --fix .
