@@ -15,7 +15,8 @@ from lohp_peft.adapters.layout import base_model_fingerprint, base_of
 from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConfig
 from lohp_peft.cards import write_adapter_card
 from lohp_peft.policy import LoHpPolicy
-from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, check_base_model, tokenizer_fingerprint
+from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, tokenizer_fingerprint
+from lohp_peft.tasks.requirements import check_base_model
 
 Support = Examples | Iterable[Mapping[str, Any]]
 NAMED_OTHERWISE = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")

@@ -37,7 +37,7 @@ def load_base_model(name: str) -> tuple[Any, Any]:
         path, revision = name.split("@", 1)
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
-    from lohp_peft.tasks import check_base_model
+    from lohp_peft.tasks.requirements import check_base_model
 
     config = AutoConfig.from_pretrained(path, revision=revision)
     encoder_alone = config.is_encoder_decoder and type(config) in AutoModelForTextEncoding._model_mapping
