@@ -24,7 +24,8 @@ from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConf
 from lohp_peft.cards import write_adapter_card
 from lohp_peft.hub import PushReport, push_folder
 from lohp_peft.policy import LoHpPolicy
-from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, check_base_model, tokenizer_fingerprint
+from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, tokenizer_fingerprint
+from lohp_peft.tasks.requirements import check_base_model
 
 Support = Examples | Iterable[Mapping[str, Any]]
 NAMED_OTHERWISE = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")

@@ -282,6 +282,11 @@ def _generate(
     if _is_classifier(peft_config):
         columns = _columns(model.config, examples.label_names)
         linear = classifier_linear(model, adapter_name, model.config.num_labels)
+        if getattr(model.config, "pad_token_id", None) is None:
+            raise ValueError(
+                f"{type(model).__name__} has no padding token, by which it tells where a text ends; set "
+                "`model.config.pad_token_id = tokenizer.pad_token_id`."
+            )
     with only_active(model, None):
         encoder = encoder_for(policy, backbone, tokenizer, "no" if config is None else config.mixed_precision)
         (made,) = generate_adapters(policy, backbone, tokenizer, [examples], config, encoder=encoder)

@@ -40,7 +40,7 @@ def load_base_model(name: str) -> tuple[Any, Any]:
         path, revision = name.split("@", 1)
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
-    from lohp_peft.tasks import check_base_model
+    from lohp_peft.tasks.requirements import check_base_model
 
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)

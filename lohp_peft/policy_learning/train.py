@@ -24,11 +24,11 @@ from lohp_peft.tasks import (
     TaskBank,
     TaskFeatures,
     TextEncoder,
-    check_gradients,
     contrast_groups,
     fit_reference,
     tokenizer_fingerprint,
 )
+from lohp_peft.tasks.requirements import check_gradients
 from lohp_peft.trajectories import TrajectoryDataset
 
 LOG_FILE, LOG_EVERY = "log.jsonl", 10

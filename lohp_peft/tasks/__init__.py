@@ -4,7 +4,6 @@ from lohp_peft.tasks.bank import TaskBank
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder, tokenizer_fingerprint
 from lohp_peft.tasks.features import TaskFeatures, TextStatistics, fit_reference, task_features
 from lohp_peft.tasks.heads import HEADS, Head, calibrated_cross_entropy, leave_one_out_loss, solve_head
-from lohp_peft.tasks.requirements import check_base_model, check_gradients
 from lohp_peft.tasks.task import Examples, Task, balanced_rows, draw
 from lohp_peft.tasks.variants import Episode, EpisodeSampler, contrast_groups, contrast_task
 
@@ -22,8 +21,6 @@ __all__ = [
     "TextStatistics",
     "balanced_rows",
     "calibrated_cross_entropy",
-    "check_base_model",
-    "check_gradients",
     "contrast_groups",
     "contrast_task",
     "draw",

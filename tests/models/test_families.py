@@ -187,6 +187,14 @@ def test_models_without_weights_and_tokenizers_without_padding_are_refused():
         generate_adapter(policy_of("Llama"), family.build(), bare, ROWS, RAW)
 
 
+def test_a_classifier_without_a_padding_token_is_refused():
+    model = BY_NAME["Llama"].build("SEQ_CLS", pad_token_id=None)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match="set `model.config.pad_token_id"):
+        initialize_lohp_weights(model, policy_of("Llama"), ROWS, tokenizer=TOKENIZER, config=RAW)
+    assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
+
+
 def test_an_adapter_of_a_base_model_is_not_saved_for_a_model_with_a_head(tmp_path):
     made = generate_adapter(policy_of("Llama"), BY_NAME["Llama"].build(), TOKENIZER, ROWS, RAW)
     with pytest.raises(ValueError, match="would change nothing.*initialize_lohp_weights"):

@@ -22,7 +22,8 @@ from lohp_peft import (
     train_policy,
 )
 from lohp_peft.adapters import base_model_fingerprint
-from lohp_peft.tasks import TextEncoder, check_gradients
+from lohp_peft.tasks import TextEncoder
+from lohp_peft.tasks.requirements import check_gradients
 from models.zoo import BY_NAME, RAW, ROWS, TOKENIZER, run
 
 LLAMA = BY_NAME["Llama"]
