@@ -35,7 +35,7 @@ def base_link(base_model: str | None) -> str:
     """The base model in a sentence: a link to the Hub where there is one."""
     if is_hub_id(base_model):
         return f"[{base_model}](https://huggingface.co/{base_model})"
-    return f"a local base model (`{Path(base_model).name}`)" if base_model else "its base model"
+    return f"a local base model (`{Path(str(base_model)).name}`)" if base_model else "its base model"
 
 
 def read_json(folder: Path, name: str, kind: str) -> dict[str, Any]:

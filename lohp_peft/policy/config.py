@@ -1,7 +1,6 @@
 """Configuration of the policy."""
 
 import inspect
-import math
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +121,22 @@ class LoHpPolicyConfig(PretrainedConfig):
         numbers = {"ridge": ridge, "dropout": dropout, "noise_scale": noise_scale}
         wrong = {name: value for name, value in texts.items() if not isinstance(value, str)}
         wrong |= {name: value for name, value in numbers.items() if not _is_number(value)}
-        if not isinstance(provenance, dict | None):
-            wrong["provenance"] = provenance
+        mappings, lists = (
+            {"layout": layout, "provenance": provenance},
+            {"state_shape": state_shape, "optimizers": optimizers},
+        )
+        wrong |= {name: value for name, value in mappings.items() if not isinstance(value, dict | None)}
+        for name, kind in (("state_shape", int), ("optimizers", str)):
+            if not isinstance(lists[name], list | tuple | None) or {type(x) for x in lists[name] or ()} - {kind}:
+                wrong[name] = lists[name]
+        if state_shape is not None and "state_shape" not in wrong and len(state_shape) != 2:
+            wrong["state_shape"] = state_shape
+        if not isinstance(reads_previous, bool):
+            wrong["reads_previous"] = reads_previous
         if wrong:
             raise ValueError(
-                f"Of a policy {list(texts)} are texts, {list(numbers)} finite numbers and `provenance` is a mapping; got {wrong}."
+                f"Of a policy {list(texts)} are texts, {list(numbers)} finite numbers, {list(mappings)} mappings, "
+                f"`state_shape` two whole numbers, `optimizers` texts and `reads_previous` is true or false; got {wrong}."
             )
         self.layout = layout or {"modules": []}
         self.space_kind, self.r = space_kind, r
@@ -163,4 +173,4 @@ class LoHpPolicyConfig(PretrainedConfig):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_SIZE
