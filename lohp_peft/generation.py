@@ -131,7 +131,8 @@ class GeneratedAdapter:
             task_type: See `save_pretrained`.
         """
         config = self._lora_config(base_model_name, task_type)
-        return config.to_dict(), plain_lora_tensors(self.lora, config.r)
+        fields = {**config.to_dict(), "peft_type": config.peft_type.value}  # plain values, as JSON would hold them
+        return fields, plain_lora_tensors(self.lora, config.r)
 
     def _lora_config(self, base_model_name: str | None, task_type: str | None) -> Any:
         name = base_model_name or self.report.policy["base_model"] or None

@@ -4,13 +4,14 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, RepoFile, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from lohp_peft.adapters import base_model_fingerprint
@@ -27,7 +28,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LEFT_OUT = re.compile(r"checkpoint(-\d+)?|\.lock|\.cache")
 _EMPTY_CARD = "# Model Card for Model ID"
 _FINGERPRINT_FILES = ("lohp_provenance.json", "manifest.json", "config.json")
-_WRITE_CARD = {"adapter": write_adapter_card, "policy": write_policy_card, "trajectories": write_trajectory_card}
+_WRITE_CARD: dict[str, Callable[..., Path]] = {
+    "adapter": write_adapter_card,
+    "policy": write_policy_card,
+    "trajectories": write_trajectory_card,
+}
 
 
 @dataclass(frozen=True)
@@ -192,19 +197,20 @@ def pull_folder(
             f"`revision` of {repo_id} must be a commit hash of 40 hexadecimal digits, got {revision!r}. "
             "The hash stands on the repository's page under 'Files and versions'."
         )
-    where = {"repo_type": repo_type, "revision": revision}
-    kept: dict[str, RepoFile] = {}
     with _told_clearly(f"Fetching {repo_id} at {revision} failed"):
-        if constants.HF_HUB_OFFLINE:
-            patterns = [*(f"*{suffix}" for suffix in SAFE_SUFFIXES), *SAFE_NAMES]
-        else:
-            tree = HfApi(token=token).list_repo_tree(repo_id, recursive=True, **where)
-            files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-            _refuse_unsafe(repo_id, files)
-            kept = {name: file for name, file in files.items() if _is_safe(Path(name))}
-            patterns = [glob.escape(name) for name in kept]
+        files = _list_files(repo_id, revision, repo_type, token)
+        _refuse_unsafe(repo_id, files)
+        kept = {name: file for name, file in files.items() if _is_safe(Path(name))}
+        names = [glob.escape(name) for name in kept]
+        patterns = names if files else [*(f"*{suffix}" for suffix in SAFE_SUFFIXES), *SAFE_NAMES]
         folder = snapshot_download(
-            repo_id, **where, allow_patterns=patterns, local_dir=local_dir, cache_dir=cache_dir, token=token
+            repo_id,
+            repo_type=repo_type,
+            revision=revision,
+            allow_patterns=patterns,
+            local_dir=local_dir,
+            cache_dir=cache_dir,
+            token=token,
         )
     damaged = [name for name, file in kept.items() if _digest(Path(folder) / name, file) != _expected_digest(file)]
     if damaged:
@@ -286,10 +292,23 @@ def find_trajectories(
     if "/" not in repo_id or not is_hub_id(repo_id):
         raise ValueError(f"Trajectories {str(name)!r} are neither an existing folder nor owner/name@commit.")
     home = Path(constants.HF_HOME) / "lohp_peft" / "trajectories"
-    target = local_dir or home / repo_id.replace("/", "--") / (revision or "none")
+    target = local_dir or home / repo_id.replace("/", "--") / revision
     return pull_folder(
         repo_id, revision=revision, repo_type="dataset", base_model=base_model, local_dir=target, token=token
     )
+
+
+def _list_files(repo_id: str, revision: str, repo_type: str, token: str | None) -> dict[str, RepoFile]:
+    """The files of a commit by their paths; none where the Hub cannot be reached, so that only the cache can answer."""
+    if constants.HF_HUB_OFFLINE:
+        return {}
+    try:
+        tree = HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    except HfHubHTTPError:
+        raise
+    except Exception:  # the transport's own errors, which differ between versions of the client
+        return {}
 
 
 def _is_safe(path: Path) -> bool:

@@ -73,7 +73,7 @@ def sglang_problems(config, tensors, num_layers, target_modules, max_lora_rank=1
     """
     problems = []
     # LoRAAdapter.__init__
-    if str(config.get("peft_type")).lower() != "lora":
+    if str(config["peft_type"]).lower() != "lora":
         problems.append("peft_type must be LORA")
     # LoRAManager.validate_new_adapter
     if config.get("use_dora"):
@@ -248,7 +248,8 @@ def test_a_uniform_export_repairs_what_the_rules_forbid(tmp_path, batch):
         ({"use_rslora": True}, None, "use_rslora is ignored"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern would be ignored", "rank_pattern is ignored"),
         ({"target_modules": ".*q_proj"}, None, "must be a list"),
-        ({"target_modules": None, "peft_type": "LOHP"}, "target_modules is missing", None),
+        ({"target_modules": None}, "target_modules is missing", None),
+        ({"peft_type": "LOHP"}, None, "peft_type must be LORA"),
     ],
 )
 def test_the_checkers_notice(folders, change, of_vllm, of_sglang):
@@ -293,7 +294,7 @@ def test_tensors_in_memory_are_those_of_the_folder(adapters, folders):
         assert tensors.keys() == saved.keys()
         assert all(torch.equal(tensors[key], saved[key]) for key in saved)
         assert vllm_problems(config, tensors, SERVED) == []
-        assert sglang_problems(saved_config, tensors, num_layers=2, target_modules=SERVED) == []
+        assert sglang_problems(config, tensors, num_layers=2, target_modules=SERVED) == []
 
 
 def test_tensors_in_memory_load(adapters, run, alone):

@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -365,3 +368,17 @@ def test_offline_the_cache_answers(hub, made, monkeypatch):
     assert len(hub.requests) == asked
     with pytest.raises(RuntimeError, match="Fetching me/other"):
         pull_folder("me/other", revision=commit)
+
+
+def test_where_the_hub_cannot_be_reached_the_cache_answers(hub, made, monkeypatch):
+    commit = made.push_to_hub("me/my-task").commit
+    online = pull_folder("me/my-task", revision=commit)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody + "/{repo_id}/resolve/{revision}/{filename}")
+    impatient = SimpleNamespace(**{**vars(time), "sleep": lambda _seconds: None})
+    monkeypatch.setattr("huggingface_hub.utils._http.time", impatient)  # it waits between its attempts
+    assert pull_folder("me/my-task", revision=commit) == online
+    with pytest.raises(RuntimeError, match="Publishing .* to me/my-task failed; it can be repeated"):
+        made.push_to_hub("me/my-task")
