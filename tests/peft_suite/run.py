@@ -1,6 +1,6 @@
 """Runs PEFT's own tests against LOHP: fetches them, builds the tiny models they name, and starts pytest.
 
-    python tests/peft_suite/run.py [--lohp-generation] [test_config.py ...] [options of pytest]
+python tests/peft_suite/run.py [--lohp-generation] [test_config.py ...] [options of pytest]
 """
 
 import os
