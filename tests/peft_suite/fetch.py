@@ -41,4 +41,4 @@ def fetch() -> Path:
 
 
 if __name__ == "__main__":
-    print(f"PEFT's tests: {fetch()}")
+    fetch()

@@ -25,8 +25,10 @@ def generate_on_injection(counts: Counter) -> None:
 
     @functools.wraps(inject)
     def inject_and_generate(self, model, adapter_name, *args, **kwargs):
-        inject(self, model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        if config.modules_to_save is None and config.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
+            config.modules_to_save = []  # as with a policy: shared with the copy that holds the record
+        inject(self, model, adapter_name, *args, **kwargs)
         if self._merging or config.inference_mode or getattr(config, "_saved_with_weights", True):
             return
         if kwargs.get("low_cpu_mem_usage"):

@@ -22,7 +22,9 @@ OPT = {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "word_embed_p
 T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 T5 |= {"decoder_start_token_id": 0}
 BART = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
-BART |= {f"{side}_{size}": n for side in ("encoder", "decoder") for size, n in (("ffn_dim", 48), ("attention_heads", 4))}
+BART |= {
+    f"{side}_{size}": n for side in ("encoder", "decoder") for size, n in (("ffn_dim", 48), ("attention_heads", 4))
+}
 
 # By id: the transformers class and the arguments of its configuration.
 MODELS = {
@@ -43,7 +45,10 @@ MODELS = {
     "peft-internal-testing/tiny-random-DebertaModel": ("DebertaModel", ENCODER),
     "peft-internal-testing/tiny-random-DebertaV2Model": ("DebertaV2Model", ENCODER),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": ("BertForSequenceClassification", ENCODER),
-    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": ("RobertaForSequenceClassification", ENCODER),
+    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
+        "RobertaForSequenceClassification",
+        ENCODER,
+    ),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
         "LlamaForSequenceClassification",
         {**WIDE, **HEADS, **DECODER, "num_labels": 1},

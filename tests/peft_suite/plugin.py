@@ -11,7 +11,7 @@ import peft
 import pytest
 
 from lohp_peft import LoHpConfig
-from peft_suite.exclusions import exclusions_of
+from peft_suite.exclusions import EXCLUSIONS, exclusions_of
 from peft_suite.selection import concerns
 
 
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config, items):
         whole = set()
     unused = []
     for exclusion in exclusions_of(peft.__version__, config.getoption("--lohp-generation")):
-        found = [item for item in items if exclusion.matches(item.path.name, item.name)]
+        found = [item for item in items if exclusion.matches(item)]
         for item in found:
             item.add_marker(pytest.mark.xfail(reason=exclusion.reason, strict=True))
         if not found and exclusion.file in whole:
@@ -67,12 +67,15 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_terminal_summary(terminalreporter, config):
     counts = defaultdict(Counter)
+    reasons = {exclusion.reason for exclusion in EXCLUSIONS}
+    names = {"skipped": "skipped by PEFT", "xfailed": "expected by PEFT to fail"}
     for outcome in ("passed", "failed", "error", "xfailed", "skipped"):
         for report in terminalreporter.getreports(outcome):
-            counts[Path(report.nodeid.split("::")[0]).name][outcome] += 1
+            excluded = outcome == "xfailed" and report.wasxfail in reasons
+            what = "excluded" if excluded else names.get(outcome, outcome)
+            counts[Path(report.nodeid.split("::")[0]).name][what] += 1
     terminalreporter.section(f"PEFT {peft.__version__} against LOHP")
     for file, outcomes in sorted(counts.items()):
-        named = {"excluded": outcomes.pop("xfailed", 0), "skipped by PEFT": outcomes.pop("skipped", 0), **outcomes}
-        terminalreporter.write_line(f"{file}: " + ", ".join(f"{n} {what}" for what, n in sorted(named.items()) if n))
+        terminalreporter.write_line(f"{file}: " + ", ".join(f"{n} {what}" for what, n in sorted(outcomes.items())))
     for what, n in config.generated.most_common():
         terminalreporter.write_line(f"injections {what}: {n}")

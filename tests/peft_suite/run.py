@@ -1,6 +1,6 @@
 """Runs PEFT's own tests against LOHP: fetches them, builds the tiny models they name, and starts pytest.
 
-    python tests/peft_suite/run.py [--lohp-generation] [test_config.py ...] [options of pytest]
+python tests/peft_suite/run.py [--lohp-generation] [test_config.py ...] [options of pytest]
 """
 
 import os
@@ -31,7 +31,7 @@ def command(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     tests = suite_folder() / "tests"
     files = [argument for argument in arguments if ".py" in argument]
     options = [argument for argument in arguments if argument not in files]
-    line = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "--rootdir", str(suite_folder())]
+    line = [sys.executable, "-m", "pytest", "-c", str(HERE / "suite.ini"), "--rootdir", str(suite_folder())]
     line += ["-p", "peft_suite.plugin", *options, *(str(tests / file) for file in files or FILES)]
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     settings = {"PYTHONPATH": path, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
