@@ -110,8 +110,10 @@ def compare(result: Mapping[str, Any]) -> str:
         f"{name.replace('_', ' ')} {cost['minutes']:.0f} min" for name, cost in result["trained"].items()
     )
     budget = settings["budget"]
+    texts = "all" if settings["max_test"] is None else f"at most {settings['max_test']}"
     note = (
-        f"{len(result['tasks'])} {'held-out' if settings['split'] == 'test' else settings['split']} tasks, {settings['draws']} draws. "
+        f"{len(result['tasks'])} {'held-out' if settings['split'] == 'test' else settings['split']} tasks, {settings['draws']} draws, "
+        f"{texts} test texts. "
         f"Trained methods: {budget['steps']} steps of {budget['batch_size']} episodes through the base model ({trained}). Seconds are "
         f"for choosing adapter and head once the examples' features are there. {where(result)}"
     )
