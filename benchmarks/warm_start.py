@@ -54,6 +54,7 @@ def score_task(name: str, options) -> str:
     test = task.split("test")
     if len(test) > options.max_test:
         test = draw(test, max(1, options.max_test // test.n_classes), 0)
+    encoded = setting.encoder.prepare(test.texts, test.texts_b)  # the frozen layers, the same for every start
     model, tokenizer, policy = setting.encoder.base_model, setting.encoder.tokenizer, setting.policy
     rows: dict[str, list[list[tuple[float, float]]]] = {start: [] for start in options.starts}
     for number in range(options.draws):
@@ -68,7 +69,7 @@ def score_task(name: str, options) -> str:
             curve = []
             for encoder, head in adamw.fit(support, number, tuple(options.checkpoints[:-1]), given.get(start)):
                 with torch.no_grad():
-                    logits = head.logits(encoder.embed(encoder.prepare(test.texts, test.texts_b)).float())
+                    logits = head.logits(encoder.embed(encoded).float())
                     loss = calibrated_cross_entropy(logits, test.targets)
                 curve.append((float(loss), float((logits.argmax(-1) == test.targets).float().mean())))
             rows[start].append(curve)
@@ -141,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="these tasks instead of the whole split")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS[:4]))
     parser.add_argument("--fits", type=Path, help="folder of trainings, for the starts reptile and multi_task")
-    parser.add_argument("--checkpoints", nargs="+", type=int, default=[0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80])
+    parser.add_argument("--checkpoints", nargs="+", type=int, default=[0, 2, 4, 8, 16, 24, 40, 60, 80])
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--shots", type=int, default=16, help="support examples per class")
     parser.add_argument("--draws", type=int, default=1, help="support sets per task")
