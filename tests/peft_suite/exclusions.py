@@ -15,6 +15,7 @@ class Exclusion:
         file: PEFT's test file.
         test: Regular expression for the start of the test's name with its parameters, see `label`.
         reason: Why it cannot pass.
+        raises: How it fails; another exception is a failure of ours.
         generation: Whether it only fails when weights are generated at injection.
         peft: Versions of PEFT that it holds for.
     """
@@ -22,6 +23,7 @@ class Exclusion:
     file: str
     test: str
     reason: str
+    raises: type[Exception] = ValueError
     generation: bool = False
     peft: str = ""
 
@@ -66,12 +68,14 @@ EXCLUSIONS = (
         r"test_disable_adapters(_with_merging)?\["
         r"((Vanilla MLP \d|Conv[23]d 2) LoRA(-| with DoRA)|Embedding \+ transformers Conv1D [13]|MHA|MLP 2 using)",
         IDENTITY,
+        AssertionError,
         generation=True,
     ),
     Exclusion(
         "test_custom_models.py",
         r"test_add_weighted_adapter_with_different_scaling\[(linear|ties|dare_ties|dare_linear|magnitude_prune)-.*4\]",
         SHARED_A,
+        AssertionError,
         generation=True,
         peft=">=0.21",
     ),

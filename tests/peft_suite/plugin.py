@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config, items):
     for exclusion in exclusions_of(peft.__version__, config.getoption("--lohp-generation")):
         found = [item for item in items if exclusion.matches(item)]
         for item in found:
-            item.add_marker(pytest.mark.xfail(reason=exclusion.reason, strict=True))
+            item.add_marker(pytest.mark.xfail(reason=exclusion.reason, raises=exclusion.raises, strict=True))
         if not found and exclusion.file in whole:
             unused.append(f"{exclusion.file}: {exclusion.test} ({exclusion.reason})")
     if unused:
