@@ -69,6 +69,13 @@ class LoHpModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """See `LoraModel`; takes rank and targets from the policy and generates when the configuration has a support."""
         config = self.peft_config[adapter_name]
+        if config.bias != "none" and not hasattr(BaseTuner, "_get_adapter_state_dict"):
+            warnings.warn(
+                f"Adapter {adapter_name!r} has bias={config.bias!r}, but PEFT before 0.21 saves no biases of a method "
+                'that it does not know; use bias="none" or a newer PEFT.',
+                PeftWarning,
+                stacklevel=2,
+            )
         if not isinstance(config, LoHpConfig) or not config.follows_policy or self._merging:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return

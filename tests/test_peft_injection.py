@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from transformers import BertForQuestionAnswering, BertForTokenClassification
 
 import tiny_world as tiny
@@ -123,6 +124,12 @@ def test_the_head_of_every_task_is_trained_and_saved(task_type, model_class, hea
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.build_bert(model_class), tmp_path)
     assert (loaded.get_base_model().get_submodule(head).modules_to_save["default"].bias == 7.0).all()
+
+
+def test_biases_that_an_old_peft_would_not_save_are_told(base, monkeypatch):
+    monkeypatch.delattr(BaseTuner, "_get_adapter_state_dict", raising=False)
+    with pytest.warns(UserWarning, match="saves no biases"):
+        get_peft_model(base, LoHpConfig(target_modules=["query"], bias="lora_only"))
 
 
 def test_a_configuration_holds_names_only():

@@ -48,6 +48,7 @@ SHARED_A = (
     "adapters of one policy share A, and these combinations add up A apart from B: weights of both signs cancel in A; "
     "`cat` and `svd` are exact"
 )
+DORA_KEYS = "PEFT before 0.21 shortens DoRA's keys for LORA only; both spellings are loaded"
 NOT_GENERATED = r"(?!.*(alora_invocation_tokens|LlamaForSequenceClassification))"  # rows that are left as LoRA
 NO_AUTOCAST = rf"test_add_adapter_no_autocast_adapter_dtype\[{NOT_GENERATED}"
 
@@ -59,6 +60,7 @@ EXCLUSIONS = (
         MIXED,
         peft=">=0.21",
     ),
+    Exclusion("test_custom_models.py", r"test_dora_save_and_load_remapping", DORA_KEYS, AssertionError, peft="<0.21"),
     Exclusion("test_mixed.py", r"test_target_(first|last|different)_layers?(_same_type)?_\d_LoHp_", MIXED),
     Exclusion("test_mixed.py", r"test_delete_", MIXED),
     Exclusion("test_mixed.py", r"test_(get_nb_trainable_parameters|incompatible_config_raises|decoder_model) ", MIXED),
