@@ -121,16 +121,12 @@ class LoHpPolicyConfig(PretrainedConfig):
         numbers = {"ridge": ridge, "dropout": dropout, "noise_scale": noise_scale}
         wrong = {name: value for name, value in texts.items() if not isinstance(value, str)}
         wrong |= {name: value for name, value in numbers.items() if not _is_number(value)}
-        mappings, lists = (
-            {"layout": layout, "provenance": provenance},
-            {"state_shape": state_shape, "optimizers": optimizers},
-        )
+        mappings = {"layout": layout, "provenance": provenance}
         wrong |= {name: value for name, value in mappings.items() if not isinstance(value, dict | None)}
-        for name, kind in (("state_shape", int), ("optimizers", str)):
-            if not isinstance(lists[name], list | tuple | None) or {type(x) for x in lists[name] or ()} - {kind}:
-                wrong[name] = lists[name]
-        if state_shape is not None and "state_shape" not in wrong and len(state_shape) != 2:
+        if state_shape is not None and not (_is_list_of(int, state_shape) and len(state_shape) == 2):
             wrong["state_shape"] = state_shape
+        if optimizers is not None and not _is_list_of(str, optimizers):
+            wrong["optimizers"] = optimizers
         if not isinstance(reads_previous, bool):
             wrong["reads_previous"] = reads_previous
         if wrong:
@@ -170,6 +166,10 @@ class LoHpPolicyConfig(PretrainedConfig):
             )
         known = set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
         return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(item) is kind for item in value)
 
 
 def _is_number(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -169,7 +170,7 @@ class LoHpPolicy(PreTrainedModel):
             if self.reference_set is not None:
                 tensors, metadata = self.reference_set.to_tensors()
                 save_file(tensors, new / REFERENCE_FILE, metadata)
-            for path in new.iterdir():
+            for path in list(new.iterdir()):
                 os.replace(path, folder / path.name)
         except SafetensorError as error:
             raise OSError(f"Cannot write the policy to {folder}: {error}.") from error
@@ -217,22 +218,9 @@ class LoHpPolicy(PreTrainedModel):
             space = WeightSpace.from_tensors(layout, config.space_kind, config.r, tensors)
             if list(space.shape) != list(config.state_shape):
                 raise ValueError(f"its states are {config.state_shape}, those of its weight space {list(space.shape)}")
-            stored, _ = read_tensors(folder / WEIGHTS_FILE)
-            broken = [
-                f"{name} is {x.dtype}" for name, x in stored.items() if x.dtype not in (*FLOAT_TYPES, torch.bool)
-            ]
-            broken += [f"{name} is not finite" for name, x in stored.items() if not x.float().isfinite().all()]
-            if broken:
-                raise ValueError(
-                    f"{WEIGHTS_FILE} must hold finite floating-point numbers: {'; '.join(sorted(broken))}"
-                )
             with torch.device("meta"):
-                expected = {name: tuple(x.shape) for name, x in cls(config).state_dict().items()}
-            found = {name: tuple(x.shape) for name, x in stored.items()}
-            names = sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name))
-            if names:
-                shapes = {name: (found.get(name), expected.get(name)) for name in names}
-                raise ValueError(f"{WEIGHTS_FILE} does not fit {CONFIG_FILE}, shapes (found, expected): {shapes}")
+                expected = cls(config).state_dict()
+            _check_weights(read_tensors(folder / WEIGHTS_FILE)[0], expected)
             policy = super().from_pretrained(folder, *args, config=config, use_safetensors=True, **kwargs)
             for tensor in (*policy.parameters(), *policy.buffers()):
                 tensor.data = tensor.data.clone()  # out of the mapped file, whose alignment would change the last bits
@@ -241,8 +229,21 @@ class LoHpPolicy(PreTrainedModel):
                 policy.reference_set = ReferenceSet.from_tensors(*read_tensors(folder / REFERENCE_FILE))
                 _check_reference(policy, policy.reference_set)
         except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"The policy folder {folder} is damaged: {error}") from error
+            raise ValueError(f"The policy in {folder} cannot be loaded: {error}") from error
         return policy.eval()
+
+
+def _check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Make sure that a file's weights are finite numbers of the expected names and shapes."""
+    wrong = [f"{name} is {x.dtype}" for name, x in found.items() if x.dtype not in (*FLOAT_TYPES, torch.bool)]
+    wrong += [f"{name} is not finite" for name, x in found.items() if not x.float().isfinite().all()]
+    if wrong:
+        raise ValueError(f"{WEIGHTS_FILE} must hold finite floating-point numbers: {'; '.join(sorted(wrong))}")
+    sides = [{name: tuple(x.shape) for name, x in side.items()} for side in (found, expected)]
+    pairs = {name: tuple(side.get(name) for side in sides) for name in sorted(found.keys() | expected.keys())}
+    differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if differ:
+        raise ValueError(f"{WEIGHTS_FILE} does not fit {CONFIG_FILE}, shapes (found, expected): {differ}")
 
 
 def _check_reference(policy: LoHpPolicy, reference: ReferenceSet) -> None:

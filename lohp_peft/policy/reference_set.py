@@ -86,7 +86,10 @@ class ReferenceSet:
         missing = sorted({*FEATURES, "states"} - set(tensors))
         if missing:
             raise ValueError(f"A reference set needs the tensors {missing}.")
-        tasks = parse_json(metadata.get("tasks", "null"))
+        try:
+            tasks = parse_json(metadata.get("tasks", "null"))
+        except ValueError as error:
+            raise ValueError(f"The header of a reference set must name its tasks in JSON: {error}") from error
         lists = [tasks.get(name) for name in ("names", "families")] if isinstance(tasks, dict) else [None]
         if not all(isinstance(x, list) and all(isinstance(name, str) for name in x) for x in lists):
             raise ValueError(

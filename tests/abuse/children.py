@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 
 FORK = multiprocessing.get_context("fork") if os.name == "posix" else None
-LIMIT_S = 120
-"""A child that takes longer hangs; it has hundred times what it needs."""
+LIMIT_S = 600
+"""A child that takes longer hangs; it has hundreds of times what it needs."""
 WRITERS = ("files.py", "dataset.py", "checkpoint.py", "modeling.py", "train.py")
 """Modules that write; half of the kills come while one of them runs."""
 

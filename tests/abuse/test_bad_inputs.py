@@ -213,7 +213,7 @@ POLICY_CASES = [
         "reference set's names cut",
         tensors(REFERENCE, dict, tasks="{"),
         "policy",
-        "damaged: .*reference_set|Expecting",
+        "name its tasks in JSON: Expecting",
     ),
     Case("reference set with NaN", tensors(REFERENCE, first(with_nan, "states")), "policy", "states are not finite"),
     Case(

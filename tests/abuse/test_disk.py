@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from abuse.children import FORK, in_child
+from abuse.children import FORK, LIMIT_S, in_child
 from abuse.test_kills import equal, learned, recorded
 from abuse.world import COMMANDS, RANK, READ, content_of, create_store, prepare, skipping, train
 from lohp_peft import files
@@ -217,7 +217,7 @@ def test_two_writers_lose_nothing(world):
 
     writers = [start(lambda name=name: write(name)) for name in ("one", "other")]
     for writer in writers:
-        writer.join(120)
+        writer.join(LIMIT_S)
         assert writer.exitcode == 0
     dataset = TrajectoryDataset.open(folder)
     written = {f"{name}-{i}" for name in ("one", "other") for i in range(20)}
@@ -243,7 +243,7 @@ def test_of_two_writers_of_one_key_one_wins_and_the_other_is_told(world):
     writers = [start(lambda seed=seed: write(seed)) for seed in (5, 6)]
     told = sorted((results.get() for _ in writers), key=lambda answer: isinstance(answer, str))
     for writer in writers:
-        writer.join(120)
+        writer.join(LIMIT_S)
     winner, message = told
     assert "already has a shard 'new'" in message
     assert [run.seed for run in TrajectoryDataset.open(folder)["new"]] == [winner]
@@ -267,7 +267,7 @@ def test_two_preparations_of_one_folder_lose_nothing(world, tmp_path):
     writers = [start(work) for _ in range(2)]
     told = [results.get() for _ in writers]
     for writer in writers:
-        writer.join(120)
+        writer.join(LIMIT_S)
         assert writer.exitcode == 0
     assert all(not text or "already" in text for text in told), told
     assert in_child(lambda: prepare(world.encoder, tmp_path / "both") and None) == (0, None)
