@@ -219,11 +219,11 @@ def pull_folder(
             f"Remove {folder} and fetch it again."
         )
     if base_model is not None:
-        check_base_model(folder, base_model)
+        check_fingerprint(folder, base_model)
     return Path(folder)
 
 
-def check_base_model(folder: str | os.PathLike, base_model: nn.Module) -> None:
+def check_fingerprint(folder: str | os.PathLike, base_model: nn.Module) -> None:
     """Make sure that an adapter, a policy or trajectories were made for a base model.
 
     Raises:
@@ -286,7 +286,7 @@ def find_trajectories(
     """
     if Path(name).is_dir():
         if base_model is not None:
-            check_base_model(name, base_model)
+            check_fingerprint(name, base_model)
         return Path(name)
     repo_id, _, revision = str(name).partition("@")
     if "/" not in repo_id or not is_hub_id(repo_id):

@@ -19,7 +19,7 @@ import tiny_world as tiny
 from hub.conftest import BASE
 from lohp_peft import GenerationConfig, LoHpConfig, LoHpPolicy, TrajectoryDataset
 from lohp_peft.cli.main import main
-from lohp_peft.hub import check_base_model, find_policy, pull_folder, push_folder
+from lohp_peft.hub import check_fingerprint, find_policy, pull_folder, push_folder
 
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "lohp_provenance.json"}
 
@@ -284,7 +284,7 @@ def test_another_base_model(hub, policy, made, recordings, tmp_path):
         pull_folder("me/policy", revision=commit, base_model=other)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="records no `base_fingerprint`"):
-        check_base_model(tmp_path / "empty", other)
+        check_fingerprint(tmp_path / "empty", other)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
