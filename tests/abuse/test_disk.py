@@ -207,7 +207,7 @@ def start(work):
 
 @posix
 def test_two_writers_lose_nothing(world):
-    folder, gate = world.folder / "store", FORK.Barrier(2)
+    folder, gate = world.folder / "store", FORK.Barrier(2, timeout=LIMIT_S)
 
     def write(name):
         dataset = TrajectoryDataset.open(folder)
@@ -228,7 +228,7 @@ def test_two_writers_lose_nothing(world):
 
 @posix
 def test_of_two_writers_of_one_key_one_wins_and_the_other_is_told(world):
-    folder, gate, results = world.folder / "store", FORK.Barrier(2), FORK.SimpleQueue()
+    folder, gate, results = world.folder / "store", FORK.Barrier(2, timeout=LIMIT_S), FORK.SimpleQueue()
 
     def write(seed):
         dataset = TrajectoryDataset.open(folder)
@@ -241,9 +241,10 @@ def test_of_two_writers_of_one_key_one_wins_and_the_other_is_told(world):
             results.put(seed)
 
     writers = [start(lambda seed=seed: write(seed)) for seed in (5, 6)]
-    told = sorted((results.get() for _ in writers), key=lambda answer: isinstance(answer, str))
     for writer in writers:
         writer.join(LIMIT_S)
+        assert writer.exitcode == 0
+    told = sorted((results.get() for _ in writers), key=lambda answer: isinstance(answer, str))
     winner, message = told
     assert "already has a shard 'new'" in message
     assert [run.seed for run in TrajectoryDataset.open(folder)["new"]] == [winner]
@@ -252,7 +253,7 @@ def test_of_two_writers_of_one_key_one_wins_and_the_other_is_told(world):
 @posix
 def test_two_preparations_of_one_folder_lose_nothing(world, tmp_path):
     """Whoever comes second is told so; a third call completes what is missing."""
-    gate, results = FORK.Barrier(2), FORK.SimpleQueue()
+    gate, results = FORK.Barrier(2, timeout=LIMIT_S), FORK.SimpleQueue()
 
     def work():
         torch.set_num_threads(1)
@@ -265,10 +266,10 @@ def test_two_preparations_of_one_folder_lose_nothing(world, tmp_path):
             results.put("")
 
     writers = [start(work) for _ in range(2)]
-    told = [results.get() for _ in writers]
     for writer in writers:
         writer.join(LIMIT_S)
         assert writer.exitcode == 0
+    told = [results.get() for _ in writers]
     assert all(not text or "already" in text for text in told), told
     assert in_child(lambda: prepare(world.encoder, tmp_path / "both") and None) == (0, None)
     assert in_child(lambda: prepare(world.encoder, tmp_path / "whole") and None) == (0, None)
