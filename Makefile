@@ -1,6 +1,8 @@
 # make demo    the main job on a bare machine: install, then generate, score, save and reload an adapter
 # make test    linter, type checker and tests, offline once installed (they are all started by pytest)
+# make test-peft   PEFT's own tests against this method; PEFT=0.20.0 installs that version first
 # make bench   the benchmark suites; see benchmarks/README.md
+# make bench-small   a cut of the comparison with the field, under 15 minutes on 2 cores
 # make format  apply the formatter
 #
 # PYTHON chooses the interpreter and VENV the virtual environment: make test PYTHON=python3.12 VENV=/some/folder
@@ -15,16 +17,25 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constrain
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench format clean
+.PHONY: demo test test-peft bench bench-small format clean
 
 demo: $(VENV)/.stamp-demo
 	$(OFFLINE) $(RUN) examples/demo.py
 
 test: $(VENV)/.stamp-test
+	@$(RUN) tests/peft_suite/fetch.py || echo "PEFT's own tests could not be fetched; their sample is skipped."
 	$(OFFLINE) $(RUN) -m pytest $(PYTEST_ARGS)
+
+test-peft: $(VENV)/.stamp-test
+	$(if $(PEFT),$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps peft==$(PEFT))
+	$(RUN) tests/peft_suite/run.py $(PYTEST_ARGS)
+	$(RUN) tests/peft_suite/run.py --lohp-generation $(PYTEST_ARGS)
 
 bench: $(VENV)/.stamp-demo
 	$(OFFLINE) $(RUN) -m benchmarks.run
+
+bench-small: $(VENV)/.stamp-demo
+	$(OFFLINE) $(RUN) -m benchmarks.run compare_small
 
 format: $(VENV)/.stamp-test
 	$(RUN) -m ruff check --fix .

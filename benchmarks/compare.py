@@ -2,7 +2,8 @@
 
 Two kinds of cells, each a file in the work folder and run once: `fits/METHOD-SEED.safetensors`, one training of a method,
 and `tasks/TASK.json`, to which scores are added one (method, seed, shots, control) at a time. A run that was stopped is
-continued by the same command; trainings and tasks run on `--processes`.
+continued by the same command; trainings and tasks run on `--processes`. The result holds all cells that the folder has
+for these tasks, so that methods can be added by further commands.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
@@ -20,83 +20,46 @@ from typing import Any
 
 import torch
 from few_shot import SPLITS, bootstrap_interval, check_settings
-from methods import CONTROLS, METHODS, Setting, Training
-from safetensors.torch import load_file, save_file
-from setting import RESULTS, describe_policy, encoder_of, environment, load_base_model, load_subject, write_json
+from fitting import Budget, fit, load_setting
+from methods import CONTROLS, METHODS, Method
+from safetensors.torch import load_file
+from setting import RESULTS, describe_policy, environment, write_json
 from sklearn.metrics import accuracy_score, f1_score
-from text_suite import CONTRAST_VALIDATION, VALIDATION, contrast_tasks, load_tasks, training_tasks
+from text_suite import load_tasks
 
-from lohp_peft.tasks import EpisodeSampler, TaskBank, contrast_groups, draw
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every trained method may spend: query losses of `steps * batch_size` episodes through the base model."""
-
-    steps: int = 600
-    batch_size: int = 6
-    validate_every: int = 100
-    validation_episodes: int = 96
-    rows_per_task: int = 300
-
-
-def training_of(setting: Setting, encoder, budget: Budget, seed: int) -> Training:
-    """Training tasks, episodes and validation episodes, as in policy learning."""
-    held_out = load_tasks(VALIDATION) + contrast_tasks([CONTRAST_VALIDATION])
-    sides = []
-    for tasks, contrast in ((training_tasks(), 0.3), (held_out, 0.2)):
-        bank = TaskBank(encoder, rows_per_task=budget.rows_per_task)
-        for task in tasks:
-            bank.add(task)
-        sides.append((bank, EpisodeSampler(bank.labels, contrast_groups(tasks), contrast=contrast)))
-    (bank, sampler), (validation, source) = sides
-    generator = torch.Generator().manual_seed(0)
-    episodes = [source.sample(generator) for _ in range(budget.validation_episodes)]
-    return Training(
-        setting, bank, sampler, (validation, episodes), seed, budget.steps, budget.batch_size, budget.validate_every
-    )
-
-
-@cache
-def load_setting(policy: str, base_model: str) -> Setting:
-    """Loaded once in every process."""
-    subject = load_subject(policy, base_model)
-    return Setting(subject[0], encoder_of(*subject))
-
-
-def fit(name: str, seed: int, budget: Budget, subject: tuple[str, str], target: Path) -> str:
-    """Train one method and keep its tensors and its cost."""
-    setting = load_setting(*subject)
-    model, tokenizer = load_base_model(subject[1], "eager")
-    start = time.perf_counter()
-    encoder = encoder_of(setting.policy, model, tokenizer, torch.bfloat16)
-    tensors = METHODS[name].fit(training_of(setting, encoder, budget, seed))
-    tensors["minutes"] = torch.tensor((time.perf_counter() - start) / 60)
-    part = target.with_suffix(".part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
-    part.replace(target)
-    return target.stem
+from lohp_peft.tasks import draw
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of a task's file."""
+    """One entry of a task's file; for another policy than the compared one its checksum is in the place of the seed."""
 
     method: str
-    seed: int
+    seed: int | str
     shots: int
     control: str
+    policy: str | None = None
 
     @property
     def key(self) -> str:
         return "/".join(map(str, (self.method, self.seed, self.shots, self.control)))
 
     @property
+    def how(self) -> Method:
+        """The method; another policy's is its raw rollout."""
+        return METHODS["ours_raw" if self.policy else self.method]
+
+    @property
     def fit(self) -> tuple[str, int] | None:
         """The training it needs: a method's name and a seed."""
-        method = METHODS[self.method]
-        return (method.fitted_as or self.method, self.seed) if method.trained else None
+        return (self.how.fitted_as or self.method, int(self.seed)) if self.how.trained else None
+
+
+def same_space(policy: str, options) -> bool:
+    """Whether another policy's adapters mean the same as the compared one's."""
+    mine, other = (load_setting(p, options.base_model).policy.space for p in (options.policy, policy))
+    mine, other = mine.to_tensors(), other.to_tensors()
+    return mine.keys() == other.keys() and all(mine[name].equal(other[name]) for name in mine)
 
 
 def file_of(fit: tuple[str, int], work: Path) -> Path:
@@ -105,12 +68,17 @@ def file_of(fit: tuple[str, int], work: Path) -> Path:
 
 def cells(options) -> Iterator[Cell]:
     """All that is asked for: trained methods with every seed, conditional ones with every control."""
+    others = [pair.split("=", 1) for pair in options.policies]
     for shots in options.shots:
         for name in options.methods:
             method = METHODS[name]
             for seed in options.seeds if method.trained else (0,):
                 for control in ("", *(options.controls if method.conditional else ())):
                     yield Cell(name, seed, shots, control)
+        for name, folder in others:
+            checksum = describe_policy(load_setting(folder, options.base_model).policy)["sha256"][:8]
+            for control in ("", *options.controls):
+                yield Cell(name, checksum, shots, control, folder)
 
 
 def score_task(name: str, wanted: Sequence[Cell], options) -> str:
@@ -122,6 +90,7 @@ def score_task(name: str, wanted: Sequence[Cell], options) -> str:
         return name
     torch.set_num_threads(options.threads)
     setting = load_setting(options.policy, options.base_model)
+    others = {cell.policy: load_setting(cell.policy, options.base_model) for cell in missing if cell.policy}
     (task,) = load_tasks([name])
     test = task.split("test")
     if options.max_test is not None and len(test) > options.max_test:
@@ -144,11 +113,20 @@ def score_task(name: str, wanted: Sequence[Cell], options) -> str:
         of_shots = [cell for cell in missing if cell.shots == shots]
         rows: dict[str, list[dict[str, float]]] = {cell.key: [] for cell in of_shots}
         for number in range(options.draws):
-            support = setting.support(task.draw_support(shots, number), number)
+            examples = task.draw_support(shots, number)
+            supports = {
+                policy: one.support(examples, number, task.family) for policy, one in {None: setting, **others}.items()
+            }
             for cell in of_shots:
+                of_cell, support = others.get(cell.policy, setting), supports[cell.policy]
+                if cell.how.full_data:
+                    if number:  # nothing to draw
+                        continue
+                    everything = draw(task.split("train"), options.full_data_rows // test.n_classes, 0)
+                    support = setting.support(everything, number, task.family)
                 start = time.perf_counter()
-                features = CONTROLS[cell.control](setting, support, task) if cell.control else None
-                adapted = METHODS[cell.method].adapt(setting, fits[cell.fit], support, features)
+                features = CONTROLS[cell.control](of_cell, support, task) if cell.control else None
+                adapted = cell.how.adapt(of_cell, fits[cell.fit], support, features)
                 seconds = time.perf_counter() - start
                 predicted = adapted.head.logits(predict(adapted)).argmax(-1).cpu()
                 f1 = f1_score(test.targets, predicted, labels=test.targets.unique(), average="macro", zero_division=0)
@@ -166,14 +144,25 @@ def score_task(name: str, wanted: Sequence[Cell], options) -> str:
     return name
 
 
+def shots_of(key: str) -> int:
+    return int(key.split("/")[2])
+
+
+def order_of(key: str) -> tuple[int, str]:
+    """As the methods are listed; other policies last."""
+    method = key.split("/")[0]
+    return (list(METHODS).index(method) if method in METHODS else len(METHODS), key)
+
+
 def summarise(
-    tasks: dict[str, dict[str, Any]], wanted: Sequence[Cell], shots: int, ours: str = "ours"
+    tasks: dict[str, dict[str, Any]], found: Sequence[str], shots: int, ours: str = "ours"
 ) -> dict[str, Any]:
     """By method (and control): means over tasks and seeds, and ours minus it, paired by task, with its interval."""
     grouped: dict[str, list[str]] = {}
-    for cell in wanted:
-        if cell.shots == shots:
-            grouped.setdefault(cell.method + (f" | {cell.control}" if cell.control else ""), []).append(cell.key)
+    for key in found:
+        method, _, _, control = key.split("/")
+        if shots_of(key) == shots:
+            grouped.setdefault(method + (f" | {control}" if control else ""), []).append(key)
 
     def of_task(entry: str, keys: Sequence[str]) -> list[float]:
         return [fmean(task[key][entry] for key in keys) for task in tasks.values()]
@@ -216,6 +205,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--episodes", type=int, default=Budget.batch_size, help="episodes in such a step")
     parser.add_argument("--validation-episodes", type=int, default=Budget.validation_episodes)
     parser.add_argument("--policy", default="shipped", help="shipped, a folder, or owner/name@commit")
+    parser.add_argument(
+        "--policies", nargs="*", default=[], metavar="NAME=FOLDER", help="other policies in the same weight space, raw"
+    )
+    parser.add_argument("--trajectories", type=Path, help="recordings, for the methods that learn from them")
+    parser.add_argument("--full-data-rows", type=int, default=2000, help="most training rows of adamw_full_data")
     parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
     parser.add_argument("--processes", type=int, default=1, help="cells at once, each process with --threads threads")
     parser.add_argument("--threads", type=int, default=1)
@@ -239,9 +233,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     check_settings(options.work, json.loads(json.dumps(settings)))
     wanted = list(cells(options))
+    foreign = [cell.policy for cell in wanted if cell.policy and not same_space(cell.policy, options)]
+    if foreign:
+        raise SystemExit(f"These policies are not in the compared policy's weight space: {sorted(set(foreign))}.")
     names = options.tasks or SPLITS[options.split]
     trainings = {cell.fit: file_of(cell.fit, options.work) for cell in wanted if cell.fit}
-    pending = [(*one, budget, subject, target) for one, target in trainings.items() if not target.exists()]
+    pending = [
+        (*one, budget, subject, options.trajectories, target)
+        for one, target in trainings.items()
+        if not target.exists()
+    ]
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         for title, jobs in (
             ("training", lambda: [pool.submit(fit, *one) for one in pending]),
@@ -251,16 +252,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for number, job in enumerate(as_completed(started), 1):
                 print(f"[{title} {number}/{len(started)}] {job.result()}", flush=True)
     tasks = {name: json.loads((options.work / "tasks" / f"{name}.json").read_text()) for name in names}
+    found = sorted(set.intersection(*(set(task) for task in tasks.values())), key=order_of)
     result = {
         "benchmark": "compare",
         "settings": settings,
         "environment": environment(),
         "trained": {
-            f"{method}-{seed}": {key: float(load_file(target)[key]) for key in ("minutes", "validation_loss")}
-            for (method, seed), target in trainings.items()
+            target.stem: {key: float(tensors[key]) for key in ("minutes", "validation_loss") if key in tensors}
+            for target in sorted((options.work / "fits").glob("*.safetensors"))
+            if (tensors := load_file(target))
         },
-        "shots": {str(shots): summarise(tasks, wanted, shots) for shots in options.shots},
-        "tasks": {name: {cell.key: task[cell.key] for cell in wanted} for name, task in tasks.items()},
+        "shots": {str(shots): summarise(tasks, found, shots) for shots in sorted({shots_of(key) for key in found})},
+        "tasks": {name: {key: task[key] for key in found} for name, task in tasks.items()},
     }
     default = RESULTS / ("compare.json" if options.split == "test" else "compare_validation.json")
     if options.tasks and options.output is None:

@@ -16,14 +16,26 @@ SUITES = {
     "compare": ("compare.py", "{work}/compare", "--processes", "2"),
     "contrast": ("contrast.py",),
     "latency": ("latency.py",),
+    "warm_start": ("warm_start.py", "{work}/warm_start", "--processes", "2"),
+    "scaling": ("scaling.py",),
     "recorder": ("recorder/run.py",),
 }
 """By the name of the result file: the script and its arguments. `subtb/` and `shipped_policy/` have their own READMEs."""
+SMALL = {
+    "compare_small": (
+        *("compare.py", "{work}/compare_small", "--output", "{work}/compare_small.json", "--processes", "2"),
+        *("--tasks", "cr", "stance_climate", "hint3_sofmattress", "davidson_hate", "trec"),
+        *("--methods", "none", "mean", "nearest", "adamw_30", "multi_task", "text_to_lora_sft", "ours_raw", "ours"),
+        *("--controls", "wrong_task", "shuffled_labels", "--draws", "2", "--max-test", "200"),
+        *("--steps", "100", "--validation-episodes", "48"),
+    )
+}
+"""A cut of the comparison, for a first look: less than a quarter of an hour on two cores; run only when it is named."""
 
 
 def command(suite: str, work: Path) -> list[str]:
     """The command of one suite."""
-    script, *arguments = SUITES[suite]
+    script, *arguments = {**SUITES, **SMALL}[suite]
     return [sys.executable, str(HERE / script), *(a.format(work=work) for a in arguments)]
 
 
@@ -35,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results", help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     options = parser.parse_args(arguments)
-    unknown = sorted(set(options.suites) - set(SUITES))
+    unknown = sorted(set(options.suites) - set(SUITES) - set(SMALL))
     if unknown:
-        parser.error(f"no suite is called {', '.join(unknown)}; there are {', '.join(SUITES)}")
+        parser.error(f"no suite is called {', '.join(unknown)}; there are {', '.join([*SUITES, *SMALL])}")
     for suite in options.suites or SUITES:
         if (options.results / f"{suite}.json").exists() and not options.again:
             print(f"{suite}: has a result", flush=True)

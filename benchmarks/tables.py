@@ -110,8 +110,10 @@ def compare(result: Mapping[str, Any]) -> str:
         f"{name.replace('_', ' ')} {cost['minutes']:.0f} min" for name, cost in result["trained"].items()
     )
     budget = settings["budget"]
+    texts = "all" if settings["max_test"] is None else f"at most {settings['max_test']}"
     note = (
-        f"{len(result['tasks'])} {'held-out' if settings['split'] == 'test' else settings['split']} tasks, {settings['draws']} draws. "
+        f"{len(result['tasks'])} {'held-out' if settings['split'] == 'test' else settings['split']} tasks, {settings['draws']} draws, "
+        f"{texts} test texts. "
         f"Trained methods: {budget['steps']} steps of {budget['batch_size']} episodes through the base model ({trained}). Seconds are "
         f"for choosing adapter and head once the examples' features are there. {where(result)}"
     )
@@ -167,6 +169,61 @@ def latency_tasks(result: Mapping[str, Any], by: str = "shots") -> str:
     return table(("task", "classes", "texts", *times, *(f"{name} (bf16)" for name in times)), rows)
 
 
+def warm_start(result: Mapping[str, Any]) -> str:
+    """How much sooner AdamW gets to the default start's best loss."""
+    settings, count = result["settings"], len(result["tasks"])
+    steps = settings["checkpoints"]
+    shown = [i for i, step in enumerate(steps) if step in (0, 8, 24, steps[-1])]
+    rows = []
+    for name, row in result["starts"].items():
+        share = row["median_share_of_steps"]
+        rows.append(
+            (
+                name.replace("_", " "),
+                "more than all" if share is None else f"{share:.2f}",
+                f"{row['tasks_in_a_fifth']} of {count}",
+                f"{row['tasks_that_reach_it']} of {count}",
+                *(f"{row['loss'][i]:.3f}" for i in shown),
+                *(percent(row["accuracy"][i]) for i in shown),
+            )
+        )
+    header = (
+        "start",
+        "share of the default's steps, median task",
+        "tasks in a fifth",
+        "tasks that reach it",
+        *(f"loss at {steps[i]}" for i in shown),
+        *(f"accuracy at {steps[i]}, %" for i in shown),
+    )
+    note = (
+        f"{count} held-out tasks, {settings['shots']} examples per class, {settings['draws']} draws, at most "
+        f"{settings['max_test']} test texts; AdamW at {settings['learning_rate']:g}. Steps until the default start's lowest "
+        f"loss in {steps[-1]} steps. {where(result)}"
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
+def scaling(result: Mapping[str, Any]) -> str:
+    """One row a shape."""
+    settings = result["settings"]
+    rows = [
+        (
+            row["shape"],
+            str(row["modules"]),
+            f"{row['adapter_mb']:.1f}",
+            f"{row['rollout_s']:.2f}",
+            f"{row['factors_s']:.2f}",
+            f"{row['rollout_in_batch_s']:.3f}",
+            "" if row["peak_over_size"] is None else f"{row['peak_over_size']:.1f}",
+        )
+        for row in result["rows"]
+    ]
+    header = ("shape", "modules", "adapter, MB", "rollout, s", "factors, s")
+    header += (f"rollout in a batch of {settings['tasks']}, s a task", "peak memory over the adapter's size")
+    note = f"Rank {settings['rank']}, {settings['threads']} threads, median of {settings['repeats']} calls. {where(result)}"
+    return f"{table(header, rows)}\n\n{note}"
+
+
 def adamw(result: Mapping[str, Any]) -> str:
     """The grid on validation tasks."""
     rates, steps = ([*dict.fromkeys(key.split("/")[i] for key in result["accuracy"])] for i in (0, 1))
@@ -204,6 +261,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "contrast": ("contrast", contrast),
     "latency": ("latency", latency),
     "latency_tasks": ("latency", latency_tasks),
+    "warm_start": ("warm_start", warm_start),
+    "scaling": ("scaling", scaling),
     "adamw": ("adamw", adamw),
     "recorder": ("recorder", recorder),
     "subtb": ("subtb", subtb),

@@ -1,9 +1,10 @@
 """The gradient baseline: a stock PEFT LoRA trained by AdamW on the same examples."""
 
 import copy
+from collections.abc import Mapping, Sequence
 
 import torch
-from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
@@ -50,25 +51,40 @@ class AdamWBaseline:
         self.base_model, self.tokenizer, self.policy, self.init = base_model, tokenizer, policy, init
         self.learning_rate, self.steps, self.batch_size, self.dtype = learning_rate, steps, batch_size, dtype
 
-    def fit(self, support: Examples, seed: int, checkpoints: tuple[int, ...] = ()) -> list[tuple[TextEncoder, Head]]:
+    def fit(
+        self,
+        support: Examples,
+        seed: int,
+        checkpoints: tuple[int, ...] = (),
+        start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> list[tuple[TextEncoder, Head]]:
         """Train on a support set; returns the adapted encoder and its head.
 
         Args:
             support: The examples.
             seed: Seed of LoRA's start and of the batches.
-            checkpoints: Further optimizer steps, ascending and below `steps`, at which to return a copy as well.
+            checkpoints: Further optimizer steps, ascending and below `steps`, at which to return a copy as well; 0 is
+                the start.
+            start: Adapter to start from in the place of `init`, by module name `lora_A` (r, d_in) and `lora_B` (d_out, r)
+                with scaling 1, such as `GeneratedAdapter.lora`.
+
+        Raises:
+            ValueError: When `start` is of other modules or of another rank than the policy's.
         """
         config = self.policy.config
         names = [spec.name for spec in self.policy.layout.modules]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            start = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)} if self.init == "eva" else {}
+            eva = self.init == "eva" and start is None
+            init = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)} if eva else {}
             adapted = get_peft_model(
                 copy.deepcopy(self.base_model),
-                LoraConfig(r=config.r, lora_alpha=config.r, target_modules=names, **start),
+                LoraConfig(r=config.r, lora_alpha=config.r, target_modules=names, **init),
             )
-            if start:
+            if eva:
                 initialize_lora_eva_weights(adapted, self._batches(support), show_progress_bar=False)
+        if start is not None:
+            _load(adapted, start, names, config.r)
         if hasattr(adapted.get_base_model(), "set_attn_implementation"):
             # Fused attention goes backwards slowly on a CPU (measured: 3 times); the baseline gets the faster one.
             adapted.get_base_model().set_attn_implementation("eager")
@@ -85,7 +101,13 @@ class AdamWBaseline:
         )
         generator = torch.Generator().manual_seed(seed)
         order = torch.empty(0, dtype=torch.long)
-        for step in range(1, self.steps + 1):
+        for step in range(self.steps + 1):
+            if step in checkpoints or step == self.steps:
+                with torch.no_grad():
+                    found.append((encoder, self._solve(encoder.embed(encoded), targets, support.n_classes)))
+                if step == self.steps:
+                    break
+                found[-1] = (self._encoder(copy.deepcopy(encoder.base_model)), found[-1][1])
             if len(order) < min(self.batch_size, len(targets)):
                 order = torch.cat([order, torch.randperm(len(targets), generator=generator)])
             rows, order = order[: self.batch_size], order[self.batch_size :]
@@ -94,11 +116,6 @@ class AdamWBaseline:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step in checkpoints or step == self.steps:
-                with torch.no_grad():
-                    found.append((encoder, self._solve(encoder.embed(encoded), targets, support.n_classes)))
-                if step < self.steps:
-                    found[-1] = (self._encoder(copy.deepcopy(encoder.base_model)), found[-1][1])
         return found
 
     def _batches(self, support: Examples) -> list[dict[str, Tensor]]:
@@ -126,3 +143,18 @@ class AdamWBaseline:
         config = self.policy.config
         lengths = {"pooling": config.pooling, "max_length": config.max_text_length}
         return TextEncoder(model, self.tokenizer, self.policy.space, **lengths, dtype=self.dtype)
+
+
+def _load(model: nn.Module, start: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str], r: int) -> None:
+    """Write an adapter into a LoRA of rank `r` on the modules `names`."""
+    ranks = sorted({len(a) for a, _ in start.values()})
+    if set(start) != set(names) or ranks != [r]:
+        raise ValueError(
+            f"`start` must be a LoRA of rank {r} on the policy's {len(names)} modules, got rank {ranks} on {len(start)} modules "
+            f"(missing {sorted(set(names) - set(start))}, unknown {sorted(set(start) - set(names))})."
+        )
+    tensors = {}
+    for name, pair in start.items():
+        for part, tensor in zip(("lora_A", "lora_B"), pair, strict=True):
+            tensors[f"base_model.model.{name}.{part}.weight"] = tensor
+    set_peft_model_state_dict(model, tensors)

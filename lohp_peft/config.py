@@ -9,7 +9,7 @@ from torch import nn
 
 from lohp_peft.adapters.export import GenerationRecord
 from lohp_peft.adapters.layout import AdapterLayout
-from lohp_peft.adapters.writing import backbone_of
+from lohp_peft.adapters.writing import backbone_of, unwritable_options
 from lohp_peft.registration import ensure_peft_type
 from lohp_peft.tasks.task import read_json_lines
 
@@ -161,7 +161,7 @@ def follow_policy(config: LoHpConfig, model: nn.Module) -> None:
     layout = AdapterLayout.from_dict(policy.layout)
     _, prefix = backbone_of(model, layout)
     names = [prefix + spec.name for spec in layout.modules]
-    r, problems = policy.r, []
+    r, problems = policy.r, unwritable_options(config)
     for name in ("r", "lora_alpha"):
         if getattr(config, name) not in (_DEFAULT_RANK, r):
             problems.append(f"`{name}` is {getattr(config, name)}, the policy's is {r}")

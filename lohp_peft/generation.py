@@ -5,19 +5,31 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, provenance_of, save_plain_lora
-from lohp_peft.adapters.layout import base_model_fingerprint
+from lohp_peft.adapters.export import (
+    GenerationRecord,
+    plain_lora_config,
+    plain_lora_tensors,
+    provenance_of,
+    save_plain_lora,
+)
+from lohp_peft.adapters.layout import base_model_fingerprint, base_of
 from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConfig
 from lohp_peft.cards import write_adapter_card
+from lohp_peft.hub import PushReport, push_folder
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, tokenizer_fingerprint
+from lohp_peft.tasks.requirements import check_base_model
 
 Support = Examples | Iterable[Mapping[str, Any]]
+NAMED_OTHERWISE = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""PEFT's task types whose models hold the base model under a name of its own; models of `SEQ_2_SEQ_LM` do not."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +104,65 @@ class GeneratedAdapter:
             base_model_name: Hub id or folder of the base model; the policy's by default.
             task_type: PEFT's task type.
             uniform: Leave out `head.safetensors`, for servers that know LoRA only.
+
+        Raises:
+            ValueError: For the task type of a model with a head, in which the modules have other names.
         """
-        name = base_model_name or self.report.policy["base_model"] or None
-        rank = max(a.shape[0] for a, _ in self.lora.values())
-        config = plain_lora_config(name, self.lora, rank, task_type)
+        if task_type in NAMED_OTHERWISE:
+            raise ValueError(
+                f"`task_type` is {task_type!r}, but this adapter names modules as they are in {self.report.policy['base_model']!r} "
+                "without a head, so it would change nothing in a model with one. Generate into that model: "
+                "`get_peft_model(model, LoHpConfig(policy=...))` or `initialize_lohp_weights`."
+            )
+        config = self._lora_config(base_model_name, task_type)
         identity = self.report.chosen == "none"
         save_plain_lora(folder, self.lora, config, record=self.record(head=not uniform), allow_identity=identity)
         write_adapter_card(folder)
+
+    def to_tensors(
+        self, base_model_name: str | None = None, task_type: str | None = "FEATURE_EXTRACTION"
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The adapter in memory, as `adapter_config.json` and `adapter_model.safetensors` would hold it.
+
+        For `set_peft_model_state_dict`, and for servers that load adapters from tensors.
+
+        Args:
+            base_model_name: See `save_pretrained`.
+            task_type: See `save_pretrained`.
+        """
+        config = self._lora_config(base_model_name, task_type)
+        fields = {**config.to_dict(), "peft_type": config.peft_type.value}  # plain values, as JSON would hold them
+        return fields, plain_lora_tensors(self.lora, config.r)
+
+    def _lora_config(self, base_model_name: str | None, task_type: str | None) -> Any:
+        name = base_model_name or self.report.policy["base_model"] or None
+        rank = max(a.shape[0] for a, _ in self.lora.values())
+        return plain_lora_config(name, self.lora, rank, task_type)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        base_model_name: str | None = None,
+        task_type: str | None = "FEATURE_EXTRACTION",
+        uniform: bool = False,
+        **kwargs: Any,
+    ) -> PushReport:
+        """Publish the adapter as a plain LoRA, with its provenance and its card.
+
+        Args:
+            repo_id: `owner/name`.
+            base_model_name: See `save_pretrained`.
+            task_type: See `save_pretrained`.
+            uniform: See `save_pretrained`.
+            **kwargs: See `lohp_peft.hub.push_folder`.
+
+        Returns:
+            What was uploaded; its `commit` is the revision to load.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, base_model_name, task_type, uniform)
+            (Path(folder) / "README.md").unlink()  # written anew, under the name of the repository
+            return push_folder(folder, repo_id, **kwargs)
 
 
 def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed_precision: str = "no") -> TextEncoder:
@@ -111,8 +175,10 @@ def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed
         mixed_precision: `"bf16"` for forward passes under autocast, `"no"` for the model's own type.
 
     Raises:
-        ValueError: When base model, layout or tokenizer are not the policy's, naming both sides of all that differ.
+        ValueError: When base model, layout or tokenizer are not the policy's, naming both sides of all that differ, or
+            the base model does not read texts.
     """
+    check_base_model(base_of(base_model), tokenizer)
     config, problems = policy.config, []
     try:
         policy.layout.check_fits(base_model)
@@ -123,7 +189,8 @@ def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed
         name = getattr(getattr(base_model, "config", None), "_name_or_path", "") or type(base_model).__name__
         problems.append(
             f"the policy was trained on base model {config.base_model_name!r} (fingerprint {config.base_fingerprint[:12]}), "
-            f"got {name!r} ({found[:12]})"
+            f"got {name!r} ({found[:12]}) in {getattr(base_model, 'dtype', 'an unknown type')}; the same weights in another "
+            "type or quantised are another base model"
         )
     found = tokenizer_fingerprint(tokenizer)
     if config.tokenizer_fingerprint and found != config.tokenizer_fingerprint:

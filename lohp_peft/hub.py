@@ -1,22 +1,38 @@
 """Publishing to and fetching from the Hugging Face Hub: safetensors, JSON and Markdown only, revisions pinned."""
 
+import glob
+import hashlib
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, RepoFile, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
 
-from lohp_peft.cards import is_hub_id, write_adapter_card, write_policy_card
+from lohp_peft.adapters import base_model_fingerprint
+from lohp_peft.cards import is_hub_id, write_adapter_card, write_policy_card, write_trajectory_card
 from lohp_peft.files import read_json
 
 SAFE_SUFFIXES = (".json", ".md", ".safetensors")
 SAFE_NAMES = ("LICENSE",)
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
+"""Formats that run code when they are read; a repository that holds one is not fetched."""
 SHIPPED_POLICIES = {"shipped": "minilm-text"}
 """Policies inside the package, by the name that finds them."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_LEFT_OUT = re.compile(r"checkpoint(-\d+)?|\.lock")
+_LEFT_OUT = re.compile(r"checkpoint(-\d+)?|\.lock|\.cache")
+_EMPTY_CARD = "# Model Card for Model ID"
+_FINGERPRINT_FILES = ("lohp_provenance.json", "manifest.json", "config.json")
+_WRITE_CARD: dict[str, Callable[..., Path]] = {
+    "adapter": write_adapter_card,
+    "policy": write_policy_card,
+    "trajectories": write_trajectory_card,
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ class PushReport:
 def check_folder(folder: str | os.PathLike) -> tuple[str, dict[str, int]]:
     """Check that a folder is an adapter, a policy or a trajectory data set and holds nothing else.
 
-    Folders named `checkpoint` or `checkpoint-<number>`, the state for resuming a run, and `.lock` are left out.
+    Folders named `checkpoint` or `checkpoint-<number>`, the state for resuming a run, `.lock` and `.cache` are left out.
 
     Returns:
         Its kind and the size of every file that is to be published in bytes, by relative path.
@@ -70,7 +86,7 @@ def check_folder(folder: str | os.PathLike) -> tuple[str, dict[str, int]]:
             continue
         elif any(part.startswith(".") for part in Path(name).parts):
             problems.append(f"{name} (hidden)")
-        elif path.suffix not in SAFE_SUFFIXES and path.name not in SAFE_NAMES:
+        elif not _is_safe(path):
             problems.append(name)
         else:
             sizes[name] = path.stat().st_size
@@ -96,10 +112,13 @@ def push_folder(
     private: bool = False,
     branch: str | None = None,
     commit_message: str | None = None,
+    license: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
 ) -> PushReport:
-    """Publish an adapter, a policy or recorded trajectories; adapters and policies without a card get one.
+    """Publish an adapter, a policy or recorded trajectories, with a card where there is none but PEFT's empty one.
+
+    Afterwards the branch holds the folder: safetensors and JSON files of before that it lacks are removed.
 
     Args:
         folder: What to publish, see `check_folder`.
@@ -107,11 +126,14 @@ def push_folder(
         private: Whether a created repository is private.
         branch: Branch to commit to; created when it does not exist, the default branch by default.
         commit_message: `"Upload <kind>"` by default.
+        license: Licence identifier of the Hub, for a card that is written.
         token: Access token; the stored login by default.
         dry_run: Only check and report; nothing is written or sent.
 
     Raises:
-        ValueError: See `check_folder`; also when `repo_id` is not spelled `owner/name`.
+        ValueError: See `check_folder`; also when `repo_id` is not spelled `owner/name`, or the Hub finds the card's
+            metadata invalid.
+        RuntimeError: When the Hub refuses or cannot be reached. It can be repeated: what has arrived is not sent again.
     """
     if not is_hub_id(repo_id) or "/" not in repo_id:
         raise ValueError(f"`repo_id` must be spelled owner/name and name no local path, got {repo_id!r}.")
@@ -119,22 +141,24 @@ def push_folder(
     repo_type = "dataset" if kind == "trajectories" else "model"
     if dry_run:
         return PushReport(repo_id, repo_type, kind, sizes)
-    if kind in ("adapter", "policy") and "README.md" not in sizes:
-        write_card = write_adapter_card if kind == "adapter" else write_policy_card
-        card = write_card(folder, name=repo_id.split("/")[1], location=repo_id)
+    card = Path(folder) / "README.md"
+    if not card.exists() or _EMPTY_CARD in card.read_text(encoding="utf-8"):
+        _WRITE_CARD[kind](folder, name=repo_id.split("/")[1], location=repo_id, license=license)
         sizes = dict(sorted({**sizes, card.name: card.stat().st_size}.items()))
     api = HfApi(token=token)
-    api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-    if branch is not None:
-        api.create_branch(repo_id, branch=branch, repo_type=repo_type, exist_ok=True)
-    commit = api.upload_folder(
-        folder_path=str(folder),
-        repo_id=repo_id,
-        repo_type=repo_type,
-        revision=branch,
-        commit_message=commit_message or f"Upload {kind}",
-        allow_patterns=list(sizes),
-    )
+    with _told_clearly(f"Publishing {folder} to {repo_id} failed; it can be repeated"):
+        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        if branch is not None:
+            api.create_branch(repo_id, branch=branch, repo_type=repo_type, exist_ok=True)
+        commit = api.upload_folder(
+            folder_path=str(folder),
+            repo_id=repo_id,
+            repo_type=repo_type,
+            revision=branch,
+            commit_message=commit_message or f"Upload {kind}",
+            allow_patterns=[glob.escape(name) for name in sizes],
+            delete_patterns=["*.json", "*.safetensors"],
+        )
     return PushReport(repo_id, repo_type, kind, sizes, commit.oid, commit.commit_url)
 
 
@@ -143,15 +167,19 @@ def pull_folder(
     *,
     revision: str,
     repo_type: str = "model",
+    base_model: nn.Module | None = None,
+    local_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
     token: str | None = None,
 ) -> Path:
-    """Fetch the safetensors, JSON and Markdown files of a repository at one commit.
+    """Fetch the safetensors, JSON and Markdown files of a repository at one commit, and check that they arrived whole.
 
     Args:
         repo_id: `owner/name`.
         revision: Commit hash of 40 hexadecimal digits. Branches and tags move, so they are not accepted.
         repo_type: `"model"` or `"dataset"`.
+        base_model: The model that it is meant for; another one than it was made for is refused.
+        local_dir: Folder for real files; by default the download cache, whose files are links.
         cache_dir: Download cache; the Hub's own by default.
         token: Access token; the stored login by default.
 
@@ -159,22 +187,59 @@ def pull_folder(
         The local folder.
 
     Raises:
-        ValueError: When `revision` is not a full commit hash.
+        ValueError: When `revision` is not a full commit hash; listing all files of the repository that run code when
+            they are read or whose paths lead elsewhere, before anything is fetched; listing all that differ from what
+            the commit holds; or when `base_model` is not the recorded one, naming both.
+        RuntimeError: When the Hub refuses or cannot be reached.
     """
     if _COMMIT.fullmatch(revision) is None:
         raise ValueError(
             f"`revision` of {repo_id} must be a commit hash of 40 hexadecimal digits, got {revision!r}. "
             "The hash stands on the repository's page under 'Files and versions'."
         )
-    folder = snapshot_download(
-        repo_id,
-        repo_type=repo_type,
-        revision=revision,
-        allow_patterns=[*(f"*{suffix}" for suffix in SAFE_SUFFIXES), *SAFE_NAMES],
-        cache_dir=cache_dir,
-        token=token,
-    )
+    with _told_clearly(f"Fetching {repo_id} at {revision} failed"):
+        files = _list_files(repo_id, revision, repo_type, token)
+        _refuse_unsafe(repo_id, files)
+        kept = {name: file for name, file in files.items() if _is_safe(Path(name))}
+        names = [glob.escape(name) for name in kept]
+        patterns = names if files else [*(f"*{suffix}" for suffix in SAFE_SUFFIXES), *SAFE_NAMES]
+        folder = snapshot_download(
+            repo_id,
+            repo_type=repo_type,
+            revision=revision,
+            allow_patterns=patterns,
+            local_dir=local_dir,
+            cache_dir=cache_dir,
+            token=token,
+        )
+    damaged = [name for name, file in kept.items() if _digest(Path(folder) / name, file) != _expected_digest(file)]
+    if damaged:
+        raise ValueError(
+            f"{len(damaged)} files of {repo_id} are not what commit {revision} holds: {', '.join(damaged)}. "
+            f"Remove {folder} and fetch it again."
+        )
+    if base_model is not None:
+        check_fingerprint(folder, base_model)
     return Path(folder)
+
+
+def check_fingerprint(folder: str | os.PathLike, base_model: nn.Module) -> None:
+    """Make sure that an adapter, a policy or trajectories were made for a base model.
+
+    Raises:
+        ValueError: When the folder records no fingerprint, or that of another base model, naming both sides.
+    """
+    records = [read_json(Path(folder) / name) for name in _FINGERPRINT_FILES if (Path(folder) / name).is_file()]
+    expected = next((record["base_fingerprint"] for record in records if record.get("base_fingerprint")), None)
+    if expected is None:
+        raise ValueError(f"{folder} records no `base_fingerprint`, so nobody knows which base model it was made for.")
+    found = base_model_fingerprint(base_model)
+    if found != expected:
+        name = getattr(getattr(base_model, "config", None), "_name_or_path", "") or type(base_model).__name__
+        raise ValueError(
+            f"{folder} was made for a base model with fingerprint {str(expected)[:12]}, got {name!r} with "
+            f"{found[:12]}. Load the base model that its card names."
+        )
 
 
 def find_policy(name: str | os.PathLike) -> Path:
@@ -199,6 +264,92 @@ def find_policy(name: str | os.PathLike) -> Path:
     raise ValueError(
         f"Policy {str(name)!r} is none of: {', '.join(map(repr, SHIPPED_POLICIES))}, an existing folder, owner/name@commit."
     )
+
+
+def find_trajectories(
+    name: str | os.PathLike,
+    *,
+    local_dir: str | Path | None = None,
+    base_model: nn.Module | None = None,
+    token: str | None = None,
+) -> Path:
+    """The local folder of recorded trajectories, with real files, so that more can be appended.
+
+    Args:
+        name: A folder, or `owner/name@commit` for the Hub.
+        local_dir: Folder to fetch into; one for this commit in the Hub's home by default.
+        base_model: See `pull_folder`.
+        token: See `pull_folder`.
+
+    Raises:
+        ValueError: When it is neither, the commit is missing, or see `pull_folder`.
+    """
+    if Path(name).is_dir():
+        if base_model is not None:
+            check_fingerprint(name, base_model)
+        return Path(name)
+    repo_id, _, revision = str(name).partition("@")
+    if "/" not in repo_id or not is_hub_id(repo_id):
+        raise ValueError(f"Trajectories {str(name)!r} are neither an existing folder nor owner/name@commit.")
+    home = Path(constants.HF_HOME) / "lohp_peft" / "trajectories"
+    target = local_dir or home / repo_id.replace("/", "--") / revision
+    return pull_folder(
+        repo_id, revision=revision, repo_type="dataset", base_model=base_model, local_dir=target, token=token
+    )
+
+
+def _list_files(repo_id: str, revision: str, repo_type: str, token: str | None) -> dict[str, RepoFile]:
+    """The files of a commit by their paths; none where the Hub cannot be reached, so that only the cache can answer."""
+    if constants.HF_HUB_OFFLINE:
+        return {}
+    try:
+        tree = HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    except HfHubHTTPError:
+        raise
+    except Exception:  # the transport's own errors, which differ between versions of the client
+        return {}
+
+
+def _is_safe(path: Path) -> bool:
+    return path.suffix in SAFE_SUFFIXES or path.name in SAFE_NAMES
+
+
+def _refuse_unsafe(repo_id: str, names: Iterable[str]) -> None:
+    problems = []
+    for name in names:
+        if "\\" in name or ":" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            problems.append(f"{name!r} (leads out of the folder)")
+        elif Path(name).suffix.lower() in PICKLE_SUFFIXES:
+            problems.append(f"{name!r} (runs code when it is read)")
+    if problems:
+        raise ValueError(
+            f"{repo_id} is not fetched, because it holds {len(problems)} unsafe files: {', '.join(problems)}. "
+            "Ask its owner for a commit with safetensors only."
+        )
+
+
+def _expected_digest(file: RepoFile) -> str:
+    return file.lfs.sha256 if file.lfs is not None else file.blob_id
+
+
+def _digest(path: Path, file: RepoFile) -> str:
+    """What the Hub knows a file by: SHA-256 of large files, git's SHA-1 of others."""
+    data = path.read_bytes()
+    if file.lfs is not None:
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def _told_clearly(what: str) -> Iterator[None]:
+    """Say what was tried where the Hub's client fails; its errors have many types, some of them not `OSError`."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _kind(folder: Path, sizes: dict[str, int]) -> tuple[str, Any]:

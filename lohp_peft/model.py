@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 from peft.utils.warning import PeftWarning
@@ -69,10 +69,20 @@ class LoHpModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """See `LoraModel`; takes rank and targets from the policy and generates when the configuration has a support."""
         config = self.peft_config[adapter_name]
+        if config.bias != "none" and not hasattr(BaseTuner, "_get_adapter_state_dict"):
+            warnings.warn(
+                f"Adapter {adapter_name!r} has bias={config.bias!r}, but PEFT before 0.21 saves no biases of a method "
+                'that it does not know; use bias="none" or a newer PEFT.',
+                PeftWarning,
+                stacklevel=2,
+            )
         if not isinstance(config, LoHpConfig) or not config.follows_policy or self._merging:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        # A copy, because one configuration may serve several models.
+        # A copy, because one configuration may serve several models. For these tasks PEFT adds the head to the caller's
+        # `modules_to_save` after injection, so that list is shared with the copy.
+        if config.modules_to_save is None and config.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
+            config.modules_to_save = []
         config = self.peft_config[adapter_name] = copy.copy(config)
         keep_record(config, None)
         follow_policy(config, model)
@@ -91,6 +101,14 @@ class LoHpModel(LoraModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if inputs is not None:
             self.generate_adapter(adapter_name=adapter_name, **inputs)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype or generation_record(self.peft_config[adapter_name]) is None:
+            return
+        for layer in self.model.modules():  # generated at injection in float32, but asked for in the base model's type
+            if isinstance(layer, LoraLayer):
+                layer._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
         as_lora = copy.copy(peft_config)
@@ -271,6 +289,11 @@ def _generate(
     if _is_classifier(peft_config):
         columns = _columns(model.config, examples.label_names)
         linear = classifier_linear(model, adapter_name, model.config.num_labels)
+        if getattr(model.config, "pad_token_id", None) is None:
+            raise ValueError(
+                f"{type(model).__name__} has no padding token, by which it tells where a text ends; set "
+                "`model.config.pad_token_id = tokenizer.pad_token_id`."
+            )
     with only_active(model, None):
         encoder = encoder_for(policy, backbone, tokenizer, "no" if config is None else config.mixed_precision)
         (made,) = generate_adapters(policy, backbone, tokenizer, [examples], config, encoder=encoder)
@@ -296,9 +319,12 @@ def _tokenizer_of(model: nn.Module) -> Any:
 
     name = getattr(model, "name_or_path", "")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"No tokenizer was found with base model {name!r}; pass `tokenizer`. ({error})") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token does
+    return tokenizer
 
 
 def _columns(config: Any, label_names: Sequence[str]) -> list[int]:

@@ -1,12 +1,12 @@
 """The benchmark scripts at toy size, and the tables that the READMEs show of their results."""
 
-import dataclasses
 import json
 import random
 from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 
 import toy
 
@@ -156,6 +156,13 @@ def test_compare(compare, scripts, subject, tmp_path, capsys):
     with pytest.raises(SystemExit, match="draws"):
         compare.main([*line, "--methods", "none", "--draws", "3"])
 
+    # another policy beside the compared one; here the same, by another name
+    compare.main([*line, "--methods", "none", "--controls", "wrong_task", "--policies", f"twin={subject[1]}"])
+    everything = result_of(tmp_path / "result.json")["shots"]["4"]
+    assert set(everything) == {*rows, "best_by_support_loss", "adamw_10", "twin", "twin | wrong_task"}
+    for control in ("", " | wrong_task"):
+        assert everything[f"twin{control}"]["accuracy"] == rows[f"ours_raw{control}"]["accuracy"]
+
     # and the same as the few-shot suite says, where both say something
     few_shot = [str(tmp_path / "few_shot"), *subject, *COMPARE, "--output", str(tmp_path / "few_shot.json")]
     same = {"none": "none", "mean": "mean_adapter", "nearest": "nearest_adapter", "ours_raw": "generated_raw"}
@@ -174,11 +181,14 @@ def test_every_method_gives_a_classifier(compare, scripts, subject):
     setting = compare.load_setting(subject[1], subject[3])
     (task,) = compare.load_tasks(["cr"])
     support = setting.support(task.draw_support(6, 0), 0)
-    encoder = compare.encoder_of(setting.policy, *compare.load_base_model(subject[3], "eager"))
-    training = compare.training_of(setting, encoder, compare.Budget(2, 1, 1, 2, 20), seed=0)
-    reference = setting.policy.reference_set  # recorded on tasks of the quickstart; called by the names of the suite's
-    names = tuple(training.sampler.names[: len(reference.names)])
-    setting.policy.reference_set = dataclasses.replace(reference, names=names)
+    fitting = scripts("fitting")
+    encoder = fitting.encoder_of(setting.policy, *fitting.load_base_model(subject[3], "eager"))
+    training = fitting.training_of(setting, encoder, fitting.Budget(2, 1, 1, 2, 20), seed=0)
+    with pytest.raises(SystemExit, match="--trajectories"):
+        methods.METHODS["drag_and_drop"].fit(training)
+    names = training.sampler.names
+    paths = torch.randn(8, 5, *setting.policy.space.shape).cumsum(1) * 0.1 * setting.policy.scale
+    training.recordings = [names[i % 4] for i in range(8)], paths
     states = {}
     for name, method in methods.METHODS.items():
         tensors = method.fit(training) if method.trained else {}
@@ -189,7 +199,8 @@ def test_every_method_gives_a_classifier(compare, scripts, subject):
             other = method.adapt(
                 setting, tensors, support, methods.CONTROLS["shuffled_labels"](setting, support, task)
             )
-            assert not other.state.equal(adapted.state) or not adapted.state.any(), name
+            unlabelled = name == "drag_and_drop"  # the same texts under other labels
+            assert other.state.equal(adapted.state) == (unlabelled or not adapted.state.any()), name
         states[name] = adapted.state
     assert states["none"] is None
     assert states["mean"].equal(setting.policy.reference_set.mean_state())
@@ -217,6 +228,47 @@ def test_latency(scripts, subject, tmp_path, monkeypatch):
         names = {"generated", "generated_bf16", "adamw", "adamw_bf16"}
         assert {name: len(times) for name, times in row["all_seconds"].items()} == dict.fromkeys(names, 2)
     assert result["bf16"]["ratio_of_the_median_task"] == result["rows"][-1]["ratio_bf16"]
+
+
+@pytest.mark.slow
+def test_warm_start(scripts, subject, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", ["cr", "amazon_dvd"])))
+    warm_start = scripts("warm_start")
+    line = [str(tmp_path / "work"), *subject, "--tasks", "cr", "amazon_dvd", "--shots", "4", "--max-test", "12"]
+    line += ["--checkpoints", "0", "1", "3", "--output", str(tmp_path / "result.json")]
+    warm_start.main(line)
+    result = result_of(tmp_path / "result.json")
+    assert set(result["starts"]) == {"default", "eva", "generated", "mean"}
+    for start, row in result["starts"].items():
+        curves = [task["curves"][start]["loss"] for task in result["tasks"].values()]
+        assert row["loss"] == pytest.approx([fmean(each) for each in zip(*curves, strict=True)])
+    for task in result["tasks"].values():  # no adapter yet, whatever A is
+        assert task["curves"]["eva"]["loss"][0] == pytest.approx(task["curves"]["default"]["loss"][0], abs=1e-4)
+    assert (tmp_path / "result.svg").read_text().startswith("<?xml")
+    capsys.readouterr()
+    (tmp_path / "work" / "cr.json").unlink()
+    warm_start.main(line)
+    assert "[1/1] cr" in capsys.readouterr().out  # the other one was not run again
+    with pytest.raises(SystemExit):
+        warm_start.main([*line, "--starts", "default", "reptile"])
+
+
+def test_steps_to_a_loss(scripts):
+    warm_start = scripts("warm_start")
+    curve, steps = [1.0, 0.6, 0.5, 0.7], [0, 2, 10, 20]
+    assert warm_start.steps_to(curve, steps, 0.8) == pytest.approx(1.0)
+    assert warm_start.steps_to(curve, steps, 0.5) == 10.0
+    assert warm_start.steps_to(curve, steps, 1.5) == 0.0
+    assert warm_start.steps_to(curve, steps, 0.4) == float("inf")
+
+
+@pytest.mark.slow
+def test_scaling(scripts, tmp_path):
+    file = tmp_path / "result.json"
+    scripts("scaling").main(["--shapes", "MiniLM, 3 layers", "--repeats", "1", "--tasks", "2", "--output", str(file)])
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["modules"] == 18
+    assert row["adapter_mb"] == pytest.approx(4 * 16 * (4 * 2 * 384 + 2 * (384 + 1536)) * 3 / 1e6)
 
 
 def test_bootstrap_interval(scripts):

@@ -158,6 +158,25 @@ def test_eva_starts_along_the_inputs_of_the_support_set(policy, encoder):
     assert not torch.allclose(rows["eva"], rows["default"])
 
 
+def test_adamw_starts_from_a_given_adapter(policy, encoder):
+    support = TASKS[0].draw_support(8, 0)
+    baseline = AdamWBaseline(encoder.base_model, encoder.tokenizer, policy, learning_rate=0.02, steps=3)
+    torch.manual_seed(1)
+    state = torch.randn(tuple(policy.space.shape)) * policy.state_mask * 0.1
+    start = policy.space.decode(state)
+    (before, _), (after, _) = baseline.fit(support, 0, checkpoints=(0,), start=start)
+    with torch.no_grad():
+        expected = encoder.embed(encoder.prepare(support.texts), state[None])
+        found, moved = (one.embed(one.prepare(support.texts)) for one in (before, after))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(moved, expected, atol=1e-3)
+    name = next(iter(start))
+    with pytest.raises(
+        ValueError, match=rf"`start` must be a LoRA of rank .* \(missing \['{name}'\], unknown \['head'\]"
+    ):
+        baseline.fit(support, 0, start={"head" if key == name else key: pair for key, pair in start.items()})
+
+
 def test_scores():
     examples = Examples(("w", "x", "y", "z"), (0, 0, 0, 1), ("a", "b", "never"))
     head = Head(torch.eye(3), torch.zeros(3))

@@ -6,6 +6,8 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
+from transformers import BertForQuestionAnswering, BertForTokenClassification
 
 import tiny_world as tiny
 from lohp_peft import LoHpConfig
@@ -95,6 +97,39 @@ def test_without_memory_nothing_is_generated_yet(world, base):
     assert all(matrix.is_meta for matrix in matrices(model))
     model.generate_adapter(tiny.build_rows(), tokenizer=tiny.build_tokenizer())
     assert not any(matrix.is_meta for matrix in matrices(model))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_the_type_of_generated_weights_is_the_one_asked_for(autocast, dtype, use_dora, world, base, tmp_path):
+    tiny.build_policy(base.to(torch.bfloat16)).save_pretrained(tmp_path)
+    config = configuration(world, policy=str(tmp_path), use_dora=use_dora)
+    model = get_peft_model(base, config, autocast_adapter_dtype=autocast)
+    assert any(matrix.any() for matrix in matrices(model))
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("task_type", "model_class", "head"),
+    [
+        ("TOKEN_CLS", BertForTokenClassification, "classifier"),
+        ("QUESTION_ANS", BertForQuestionAnswering, "qa_outputs"),
+    ],
+)
+def test_the_head_of_every_task_is_trained_and_saved(task_type, model_class, head, world, tmp_path):
+    config = configuration(world, support=None, task_type=task_type)
+    model = get_peft_model(tiny.build_bert(model_class), config)
+    assert head in model.peft_config["default"].modules_to_save
+    model.get_base_model().get_submodule(head).modules_to_save["default"].bias.data.fill_(7.0)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.build_bert(model_class), tmp_path)
+    assert (loaded.get_base_model().get_submodule(head).modules_to_save["default"].bias == 7.0).all()
+
+
+def test_biases_that_an_old_peft_would_not_save_are_told(base, monkeypatch):
+    monkeypatch.delattr(BaseTuner, "_get_adapter_state_dict", raising=False)
+    with pytest.warns(UserWarning, match="saves no biases"):
+        get_peft_model(base, LoHpConfig(target_modules=["query"], bias="lora_only"))
 
 
 def test_a_configuration_holds_names_only():

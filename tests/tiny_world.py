@@ -73,7 +73,7 @@ def build_llama_classifier(num_labels=2):
 
 def build_policy(model, tokenizer=None, kind="core", r=2, seed=0, targets=None, **changes):
     """A policy whose networks are random, so that what it generates is far from zero and differs between tasks."""
-    targets = targets or TARGETS[model.config.model_type]
+    targets = targets or TARGETS.get(model.config.model_type)
     prefix = f"{model.base_model_prefix}."
     backbone = getattr(model, prefix[:-1], model)
     layout = AdapterLayout.from_model(backbone, targets)

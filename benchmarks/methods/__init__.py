@@ -1,10 +1,12 @@
 """The field's baselines beside ours, each a `Method`; see `base`."""
 
 from methods.base import Adapted, Method, Setting, Support, Training
+from methods.conditional import TextToLoraSFT
 from methods.controls import CONTROLS
-from methods.no_training import AdamW, LinearProbe, NoAdapter, SetFit
+from methods.from_recordings import DragAndDrop, LocalDenoising, TextToLoraRecon, WeightDiffusion
+from methods.no_training import AdamW, FullData, LinearProbe, NoAdapter, SetFit
 from methods.ours import Generated, Rollout
-from methods.through_base import MultiTask, Reptile, TextToLoraRecon, TextToLoraSFT
+from methods.unconditional import FamilySpecialists, MultiTask, Reptile
 from methods.zoo import BestBySupportLoss, LoraHub, Mean, Nearest
 
 METHODS: dict[str, Method] = {
@@ -26,9 +28,15 @@ METHODS: dict[str, Method] = {
     "reptile_5": Reptile(adapt_steps=5),
     "text_to_lora_recon": TextToLoraRecon(),
     "text_to_lora_sft": TextToLoraSFT(),
+    "drag_and_drop": DragAndDrop(),
+    "weight_diffusion": WeightDiffusion(conditional=False),
+    "weight_diffusion_conditional": WeightDiffusion(conditional=True),
+    "local_denoising": LocalDenoising(),
     "ours_raw": Rollout(),
     "ours": Generated(),
+    "family_specialists": FamilySpecialists(),
+    "adamw_full_data": FullData(300, 1e-3),
 }
-"""By the name in results and tables."""
+"""By the name in results and tables; the last two are ceilings."""
 
 __all__ = ["CONTROLS", "METHODS", "Adapted", "Method", "Setting", "Support", "Training"]

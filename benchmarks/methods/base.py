@@ -4,7 +4,6 @@ A method has the same base model, weight space, support examples and closed-form
 (`fit`) gets the same training tasks, episodes and number of passes through the base model, and its tensors are saved.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,11 +49,11 @@ class Setting:
         )
         return torch.cat(parts, -1)
 
-    def support(self, examples: Examples, seed: int) -> "Support":
+    def support(self, examples: Examples, seed: int, family: str = "") -> "Support":
         """A support set, read once."""
         encoded = self.encoder.prepare(examples.texts, examples.texts_b)
         statistics = self.encoder.statistics(encoded)
-        return Support(examples, encoded, statistics, self.features(statistics, examples), seed)
+        return Support(examples, encoded, statistics, self.features(statistics, examples), seed, family)
 
     def features(self, statistics: TextStatistics, examples: Examples) -> TaskFeatures:
         """Features of examples, with a batch axis."""
@@ -72,13 +71,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Support:
-    """A support set, what one forward pass kept of it, and what conditional methods are told of it."""
+    """A support set, what one forward pass kept of it, and what conditional methods are told of it.
+
+    Its task's family is for an oracle only.
+    """
 
     examples: Examples
     encoded: EncodedTexts
     statistics: TextStatistics
     features: TaskFeatures
     seed: int
+    family: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,10 @@ class Adapted:
 
 @dataclass
 class Training:
-    """What a trained method learns from."""
+    """What a trained method learns from.
+
+    `recordings` are the task of each recorded run and its adapters at the policy's knots, (runs, knots, modules, width).
+    """
 
     setting: Setting
     bank: TaskBank
@@ -102,7 +108,7 @@ class Training:
     steps: int = 600
     batch_size: int = 6
     validate_every: int = 100
-    advance: Callable[[], None] = lambda: None
+    recordings: tuple[list[str], Tensor] | None = None
 
     def episodes(self, generator: torch.Generator) -> list[Episode]:
         """The episodes of one training step."""
@@ -126,6 +132,7 @@ class Method:
 
     trained = False
     conditional = False
+    full_data = False  # gets all training rows of the task, once, in the place of the support sets: a ceiling
     fitted_as: str | None = None  # the name of another method whose training this one shares
 
     def fit(self, training: Training) -> dict[str, Tensor]:

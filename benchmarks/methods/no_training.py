@@ -69,6 +69,12 @@ class AdamW(Method):
         return Adapted(head, encoder=adapted)
 
 
+class FullData(AdamW):
+    """The ceiling: AdamW on all training rows of the task, and the head on them."""
+
+    full_data = True
+
+
 class SetFit(Method):
     """SetFit (Known: 2209.11055): the whole encoder is fine-tuned on pairs of support texts, then a logistic head.
 

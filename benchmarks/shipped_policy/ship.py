@@ -20,6 +20,8 @@ LIMIT_MIB = 10
 LIMITS = (
     "It knows English texts of up to 64 tokens, classified into a handful to a few dozen classes.",
     "It belongs to one base model, one set of target modules and one rank, and refuses everything else.",
+    "Most of what it gains on held-out tasks one unconditional adapter, trained on all training tasks, gains as well; it pays "
+    "where the same texts can be labelled in several ways.",
 )
 
 if __name__ == "__main__":

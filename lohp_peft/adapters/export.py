@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save
 from torch import Tensor
 
@@ -77,6 +78,22 @@ def plain_lora_config(
     return config
 
 
+def plain_lora_tensors(adapter: Adapter, r: int) -> dict[str, Tensor]:
+    """The tensors of a LoRA of one rank by the keys that PEFT saves them under; smaller ranks are padded with zeros.
+
+    Args:
+        adapter: By module name `lora_A` (rank, d_in) and `lora_B` (d_out, rank) with the scaling folded in.
+        r: Rank of all.
+    """
+    tensors = {}
+    for name, (a, b) in adapter.items():
+        rows = r - a.shape[0]
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.nn.functional.pad(a.detach().cpu(), (0, 0, 0, rows)).contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = torch.nn.functional.pad(b.detach().cpu(), (0, rows)).contiguous()
+    return tensors
+
+
 def save_plain_lora(
     folder: str | os.PathLike,
     adapter: Adapter,
@@ -110,13 +127,8 @@ def save_plain_lora(
         raise ValueError("The adapter cannot be exported: " + "; ".join(problems) + ".")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, (a, b) in adapter.items():
-        rows = config.r - a.shape[0]
-        prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = torch.nn.functional.pad(a.detach().cpu(), (0, 0, 0, rows)).contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = torch.nn.functional.pad(b.detach().cpu(), (0, rows)).contiguous()
-    write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+    data = save(plain_lora_tensors(adapter, config.r), metadata={"format": "pt"})
+    write_atomically(folder / WEIGHTS_FILE, data)
     config.save_pretrained(str(folder))
     if record is not None:
         record.write(folder)
@@ -167,6 +179,8 @@ def save_uniform_lora(model: PeftModel, folder: str | os.PathLike, adapter_name:
 
 def unsupported(layer: LoraLayer, adapter_name: str) -> str | None:
     """Why a LoRA layer's update is not `scaling * B @ A` of a linear layer, or `None` when it is."""
+    if isinstance(layer, ParamWrapper):
+        return f"the parameter {layer.parameter_name!r} (`target_parameters`), not a linear layer"
     if adapter_name not in layer.lora_A:
         return "an embedding or a layer without lora_A"
     if layer.lora_A[adapter_name].weight.dim() != 2:

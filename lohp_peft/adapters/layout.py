@@ -76,7 +76,10 @@ class AdapterLayout:
             else:
                 specs.append(spec_of(name, *shape))
         if refused:
-            raise ValueError(f"Only linear layers can be generated, but `target_modules` matches {refused}.")
+            raise ValueError(
+                f"Only linear layers can be generated, but `target_modules` matches {refused}. Leave them out of "
+                "`target_modules`."
+            )
         if not specs:
             where = f" in layers {sorted(layers)}" if layers else ""
             raise ValueError(
@@ -153,8 +156,10 @@ def spec_of(name: str, d_in: int, d_out: int) -> ModuleSpec:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The base model inside a `PeftModel`, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    """The base model inside a `PeftModel` or a compiled model, or the model itself."""
+    while (inner := getattr(model, "_orig_mod", None)) is not None or isinstance(model, PeftModel):
+        model = model.get_base_model() if inner is None else inner
+    return model
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -184,11 +189,15 @@ def base_model_fingerprint(model: nn.Module) -> str:
 def _base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters of the backbone by their names before adaptation; a task's head is not part of it."""
     backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    for module in backbone.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            module.state_dict()  # undoes what bitsandbytes does to 4-bit weights when a CPU first uses them
     found = {}
     for name, tensor in backbone.named_parameters():
-        if re.search(r"\.(lora_|modules_to_save)", name):
+        if re.search(r"\.(lora_|modules_to_save\.|trainable_tokens_)", name):
             continue
-        name = name.replace(".base_layer.", ".")
+        name = re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
         if not name.startswith("pooler."):
             found[name] = tensor
     return found

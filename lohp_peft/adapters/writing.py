@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import get_bnb_param_type
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -35,6 +36,20 @@ def only_active(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
             module._disable_adapters, module._active_adapter = disabled, active
 
 
+def unwritable_options(config: LoraConfig) -> list[str]:
+    """Options of a configuration under which generated weights would not be what the policy meant, with reasons."""
+    init, problems = config.init_lora_weights, []
+    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
+        problems.append(f"init_lora_weights={init!r} changes the base weights the policy was trained on")
+    if config.layer_replication:
+        problems.append("layer_replication makes another base model than the policy was trained on")
+    if config.lora_bias:
+        problems.append("lora_bias=True adds a bias that no policy generates")
+    if config.alora_invocation_tokens:
+        problems.append("alora_invocation_tokens leaves the adapter out of the tokens before them")
+    return problems
+
+
 def check_writable(
     model: nn.Module, names: Iterable[str], r: int, adapter_name: str, config: LoraConfig
 ) -> dict[str, LoraLayer]:
@@ -43,10 +58,7 @@ def check_writable(
     Raises:
         ValueError: Listing everything about the model's adapter that stands in the way.
     """
-    init = config.init_lora_weights
-    problems = []
-    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
-        problems.append(f"init_lora_weights={init!r} changes the base weights the policy was trained on")
+    problems = unwritable_options(config)
     present = {
         name: layer
         for name, layer in model.named_modules()
@@ -66,6 +78,8 @@ def check_writable(
             continue
         is_dora = isinstance(layer.lora_variant.get(adapter_name), DoraLinearVariant)
         problem = None if is_dora else unsupported(layer, adapter_name)
+        if is_dora and _is_quantised(layer.get_base_layer()):
+            problem = "use_dora=True needs the norms of weights that are quantised; use LoRA"
         if problem is None and linear_shape(layer) is None:
             problem = "not a linear layer"
         if problem is None and layer.r[adapter_name] < r:
@@ -195,6 +209,10 @@ def _set(linear: nn.Linear, value: Tensor) -> None:
         linear.weight = nn.Parameter(value, requires_grad=weight.requires_grad)
     else:
         weight.data = value
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return bool(get_bnb_param_type(module.weight)) or not module.weight.is_floating_point()
 
 
 def _changes_output(layer: LoraLayer, adapter_name: str) -> bool:

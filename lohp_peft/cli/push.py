@@ -16,13 +16,16 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     branch: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the Hub, for a card that is written.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files, send nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Publish a folder on the Hugging Face Hub, safetensors, JSON and Markdown only."""
     from lohp_peft.hub import push_folder
 
-    report = push_folder(folder, repo_id, private=private, branch=branch, commit_message=message, dry_run=dry_run)
+    report = push_folder(
+        folder, repo_id, private=private, branch=branch, commit_message=message, license=license, dry_run=dry_run
+    )
     if json:
         write_json(report.to_dict())
         return

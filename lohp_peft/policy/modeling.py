@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lohp_peft.adapters.importing import FLOAT_TYPES
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
 from lohp_peft.files import read_tensors
-from lohp_peft.hub import find_policy
+from lohp_peft.hub import PushReport, find_policy, push_folder
 from lohp_peft.policy.config import CONFIG_FILE, LoHpPolicyConfig
 from lohp_peft.policy.networks import FeatureNormalizer, ForwardNetwork, LogFlowNetwork
 from lohp_peft.policy.reference_set import ReferenceSet
@@ -175,6 +176,20 @@ class LoHpPolicy(PreTrainedModel):
             raise OSError(f"Cannot write the policy to {folder}: {error}.") from error
         finally:
             shutil.rmtree(new, ignore_errors=True)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> PushReport:
+        """Publish the policy with its card.
+
+        Args:
+            repo_id: `owner/name`.
+            **kwargs: See `lohp_peft.hub.push_folder`.
+
+        Returns:
+            What was uploaded; its `commit` is the revision to load.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(folder, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(

@@ -28,6 +28,7 @@ from lohp_peft.tasks import (
     fit_reference,
     tokenizer_fingerprint,
 )
+from lohp_peft.tasks.requirements import check_gradients
 from lohp_peft.trajectories import TrajectoryDataset
 
 LOG_FILE, LOG_EVERY = "log.jsonl", 10
@@ -110,9 +111,12 @@ def train_policy(
         The trained policy, as saved.
 
     Raises:
-        ValueError: When dataset, encoder and tasks do not belong together, naming both sides.
+        ValueError: When dataset, encoder and tasks do not belong together, naming both sides, or when `lohp+path` gets no
+            gradients through the base model.
     """
     config = config or PolicyLearningConfig()
+    if config.preset == "lohp+path" and config.path_weight > 0:
+        check_gradients(encoder.base_model)
     accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision, cpu=encoder.device.type == "cpu")
     encoder.base_model.to(accelerator.device)
     console = console or Console(stderr=True)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -16,10 +16,13 @@ from lohp_peft.adapters.injection import injected
 from lohp_peft.adapters.layout import base_of
 from lohp_peft.adapters.space import WeightSpace
 from lohp_peft.tasks.features import TextStatistics
+from lohp_peft.tasks.requirements import LayerCalls, check_base_model, check_inputs
 
 POOLINGS = ("mean", "first", "last")
 LEAST_CHUNK = 8
+PROBE = ("a", "a b c d")
 _FINGERPRINTS: WeakKeyDictionary = WeakKeyDictionary()
+_PROBED: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,13 @@ def _inverse(chunks: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(chunks)).argsort()
 
 
+def _eagerly(model: nn.Module) -> AbstractContextManager:
+    """Modules that were compiled in place run as they were written: every hook would compile them anew."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return getattr(torch.compiler, "set_stance", nullcontext)("force_eager")
+    return nullcontext()
+
+
 class _PrefixDone(Exception):
     """Raised inside the forward pass once the input of the first adapted layer is known."""
 
@@ -105,7 +115,8 @@ class TextEncoder:
         dtype: Autocast type of the forward passes, or `None` for the model's own.
 
     Raises:
-        ValueError: When `pooling` is unknown or a module of the space is not in the model.
+        ValueError: When `pooling` is unknown, a module of the space is not in the model or reads something else than
+            the tokens of the texts, or the model does not read texts.
     """
 
     def __init__(
@@ -121,12 +132,48 @@ class TextEncoder:
     ) -> None:
         if pooling not in POOLINGS:
             raise ValueError(f"`pooling` must be one of {list(POOLINGS)}, got {pooling!r}.")
-        space.layout.check_fits(base_model)
         self.base_model, self.tokenizer, self.space = base_of(base_model), tokenizer, space
+        check_base_model(self.base_model, tokenizer)
+        space.layout.check_fits(base_model)
         self.pooling, self.max_length, self.batch_size, self.dtype = pooling, max_length, batch_size, dtype
         self.layers, self.first_layer = self._find_layers()
         self._hidden: Tensor | None = None
         self._before_chunk: Callable[[EncodedTexts], None] | None = None
+        known = _PROBED.setdefault(self.base_model, {})
+        key = space.layout.fingerprint()
+        if key not in known:
+            known[key] = self._probe()
+        if not known[key]:
+            self.layers = None
+
+    @torch.no_grad()
+    def _probe(self) -> bool:
+        """Run two short texts through the whole model, once per model and layout.
+
+        Returns:
+            Whether the layers below the first adapted one can be skipped.
+
+        Raises:
+            ValueError: See `check_inputs`.
+        """
+        texts = self._tokenize(PROBE)
+        calls: dict[str, list[tuple[int, ...]]] = {spec.name: [] for spec in self.space.layout.modules}
+
+        def keep(name):
+            return lambda _module, args: calls[name].append(tuple(args[0].shape))
+
+        handles = [self.base_model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in calls]
+        layers = None if self.layers is None else LayerCalls(self.layers, self.first_layer)
+        try:
+            with self._evaluation():
+                whole = self._pool(self._run(texts), texts.attention_mask)
+        finally:
+            for handle in [*handles, *(() if layers is None else layers.handles)]:
+                handle.remove()
+        check_inputs(calls, *texts.token_ids.shape)
+        if layers is None or not layers.skippable:
+            return False
+        return torch.allclose(self.embed(self.prepare(PROBE)), whole, rtol=1e-4, atol=1e-5)
 
     def _find_layers(self) -> tuple[nn.ModuleList | None, int]:
         """The stack that holds every target module and the index of its first adapted layer."""
@@ -149,7 +196,10 @@ class TextEncoder:
         training = [module for module in self.base_model.modules() if module.training]
         self.base_model.eval()
         try:
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            with (
+                _eagerly(self.base_model),
+                torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None),
+            ):
                 yield
         finally:
             for module in training:
@@ -163,18 +213,7 @@ class TextEncoder:
         """
         if not len(texts):
             raise ValueError("`texts` must hold at least one text, got none.")
-        pair = None if texts_b is None else list(texts_b)
-        batch = self.tokenizer(
-            list(texts),
-            pair,
-            truncation=True,
-            max_length=self.max_length,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        ).to(self.device)
-        types = batch.get("token_type_ids")
-        encoded = EncodedTexts(None, batch["attention_mask"], batch["input_ids"], types)
+        encoded = self._tokenize(texts, texts_b)
         if self.layers is None:
             return encoded
         pieces: list[Tensor] = []
@@ -198,7 +237,19 @@ class TextEncoder:
                         hidden[rows, : piece.shape[1]] = piece
             finally:
                 handle.remove()
-        return EncodedTexts(hidden, encoded.attention_mask, encoded.token_ids, types)
+        return EncodedTexts(hidden, encoded.attention_mask, encoded.token_ids, encoded.token_types)
+
+    def _tokenize(self, texts: Sequence[str], texts_b: Sequence[str] | None = None) -> EncodedTexts:
+        batch = self.tokenizer(
+            list(texts),
+            None if texts_b is None else list(texts_b),
+            truncation=True,
+            max_length=self.max_length,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        ).to(self.device)
+        return EncodedTexts(None, batch["attention_mask"], batch["input_ids"], batch.get("token_type_ids"))
 
     def embed(self, encoded: EncodedTexts, states: Tensor | None = None, owner: Tensor | None = None) -> Tensor:
         """Pooled embeddings, shape (n, d), differentiable in `states`.

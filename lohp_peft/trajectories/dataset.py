@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from filelock import FileLock
 from safetensors.torch import save
+from torch import nn
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
 from lohp_peft.files import TEMPORARY_SUFFIX, parse_tensors, sha256, write_atomically
+from lohp_peft.hub import PushReport, find_trajectories, push_folder
 from lohp_peft.trajectories.manifest import (
     MANIFEST_NAME,
     SHARD_FOLDER,
@@ -124,6 +126,47 @@ class TrajectoryDataset:
         for problem in problems:
             warnings.warn(f"Skipped in {folder}: {problem}.", stacklevel=2)
         return dataset
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        local_dir: str | Path | None = None,
+        base_model: nn.Module | None = None,
+        on_damage: str = "error",
+        token: str | None = None,
+    ) -> "TrajectoryDataset":
+        """Open a dataset: a folder, or one on the Hub at a pinned commit.
+
+        Args:
+            name: A folder, or `owner/name@commit`.
+            local_dir: Folder to fetch into; one for this commit in the Hub's home by default.
+            base_model: The model that it is meant for; another one than it was recorded on is refused.
+            on_damage: See `open`.
+            token: Access token; the stored login by default.
+
+        Raises:
+            ValueError: See `open` and `lohp_peft.hub.pull_folder`.
+            RuntimeError: When the Hub refuses or cannot be reached.
+        """
+        return cls.open(find_trajectories(name, local_dir=local_dir, base_model=base_model, token=token), on_damage)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> PushReport:
+        """Publish the folder of this dataset with a card.
+
+        Args:
+            repo_id: `owner/name`.
+            **kwargs: See `lohp_peft.hub.push_folder`.
+
+        Returns:
+            What was uploaded; its `commit` is the revision to open.
+
+        Raises:
+            ValueError: When a shard is damaged, or see `lohp_peft.hub.push_folder`.
+        """
+        type(self).open(self.folder)
+        return push_folder(self.folder, repo_id, **kwargs)
 
     def append(self, key: str, trajectories: Sequence[Trajectory], metadata: Mapping[str, Any] | None = None) -> None:
         """Write one shard; other processes may append other keys at the same time.

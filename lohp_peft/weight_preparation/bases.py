@@ -13,6 +13,7 @@ from torch import Tensor
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import Adapter, CoreSpace, WeightSpace
 from lohp_peft.tasks.encoder import TextEncoder
+from lohp_peft.tasks.requirements import check_gradients
 from lohp_peft.tasks.task import Task
 from lohp_peft.trajectories import TrajectoryDataset
 from lohp_peft.trajectories.manifest import MANIFEST_NAME
@@ -52,11 +53,13 @@ def gradient_space(
         accelerator: Moves the base model to its device; every process gets the bases of the first.
 
     Raises:
-        ValueError: When `output_dir` holds trajectories of another layout, kind of space or rank, naming both sides.
+        ValueError: When `output_dir` holds trajectories of another layout, kind of space or rank, naming both sides; when
+            the base model passes no gradients.
     """
     process = accelerator or PartialState()
     if accelerator is not None:
         encoder.base_model.to(accelerator.device)
+    check_gradients(encoder.base_model)
     layout = encoder.space.layout
     shared: list[dict[str, Tensor] | None] = [None]
     if process.is_main_process:

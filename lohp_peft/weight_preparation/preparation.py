@@ -17,6 +17,7 @@ from torch import nn
 
 from lohp_peft.adapters.layout import base_model_fingerprint
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
+from lohp_peft.tasks.requirements import check_gradients
 from lohp_peft.tasks.task import Task
 from lohp_peft.trajectories import Trajectory, TrajectoryDataset
 from lohp_peft.trajectories.manifest import MANIFEST_NAME
@@ -69,13 +70,14 @@ def prepare_trajectories(
 
     Raises:
         ValueError: When a task cannot be recorded, or `output_dir` holds a dataset of another base model, weight
-            space or configuration; all offenders are listed.
+            space or configuration; all offenders are listed. When the base model passes no gradients.
     """
     config = config or WeightPreparationConfig()
     console = console or Console(stderr=True)
     process = accelerator or PartialState()
     if accelerator is not None:
         encoder.base_model.to(accelerator.device)
+    check_gradients(encoder.base_model)
     rows = select_all_rows(tasks, config)
     dataset = _open_or_create(Path(output_dir), encoder, config, process)
     recorded = set(dataset.keys())

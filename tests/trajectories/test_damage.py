@@ -148,6 +148,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def _write_until_killed(folder, name, said):
     """Appends shards of a megabyte, and says after each one that it is on the disk."""
+    torch.set_num_threads(1)  # those of the parent, which earlier tests may have started, did not come along
     dataset = TrajectoryDataset.open(folder)
     for i in range(10**6):
         states = torch.full((13000, *dataset.space.shape), float(i)) * dataset.space.mask

@@ -11,7 +11,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModel, BertConfig, BertModel, BertTokenizerFast
 
-from lohp_peft.cards import adapter_card, policy_card, write_adapter_card, write_policy_card
+from lohp_peft.cards import (
+    adapter_card,
+    policy_card,
+    write_adapter_card,
+    write_policy_card,
+    write_trajectory_card,
+)
 
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
 CONFIG = {
@@ -40,6 +46,7 @@ def test_adapter_card_says_what_it_is():
         "base_model": BASE,
         "library_name": "peft",
         "license": "mit",
+        "pipeline_tag": "feature-extraction",
         "tags": ["lohp", "lora"],
     }
     assert "# my-task" in card
@@ -127,6 +134,11 @@ def test_policy_card():
     ast.parse(snippet(card))
 
 
+def test_card_of_no_trajectories(tmp_path):
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        write_trajectory_card(tmp_path)
+
+
 def test_policy_card_from_its_folder(tmp_path):
     provenance = {
         "training_tasks": {
@@ -144,6 +156,6 @@ def test_policy_card_from_its_folder(tmp_path):
     for line in ("| preset | lohp |", "| commit | abc |", "| training tasks | 2 |", "| subj | subjectivity | CC BY |"):
         assert line in card
     assert "| validation_tasks | sst2 |" in card
-    assert 'LoHpConfig(policy="me/mine")' in card
+    assert 'LoHpConfig(policy="me/mine@<commit hash>")' in card, "without the commit it is refused"
     with pytest.raises(ValueError, match=r"config\.json"):
         write_policy_card(tmp_path / "none")

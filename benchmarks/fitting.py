@@ -1,0 +1,79 @@
+"""Training a method of the comparison: its tasks, episodes, recordings and budget, and the file it ends in."""
+
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from methods import METHODS, Setting, Training
+from safetensors.torch import save_file
+from setting import encoder_of, load_base_model, load_subject
+from text_suite import CONTRAST_VALIDATION, VALIDATION, contrast_tasks, load_tasks, training_tasks
+
+from lohp_peft.tasks import EpisodeSampler, TaskBank, contrast_groups
+from lohp_peft.trajectories import TrajectoryDataset
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every trained method may spend: query losses of `steps * batch_size` episodes through the base model."""
+
+    steps: int = 600
+    batch_size: int = 6
+    validate_every: int = 100
+    validation_episodes: int = 96
+    rows_per_task: int = 300
+
+
+@cache
+def load_setting(policy: str, base_model: str) -> Setting:
+    """Loaded once in every process."""
+    subject = load_subject(policy, base_model)
+    return Setting(subject[0], encoder_of(*subject))
+
+
+def training_of(
+    setting: Setting, encoder, budget: Budget, seed: int, recordings: tuple[list[str], torch.Tensor] | None = None
+) -> Training:
+    """Training tasks, episodes and validation episodes, as in policy learning."""
+    held_out = load_tasks(VALIDATION) + contrast_tasks([CONTRAST_VALIDATION])
+    sides = []
+    for tasks, contrast in ((training_tasks(), 0.3), (held_out, 0.2)):
+        bank = TaskBank(encoder, rows_per_task=budget.rows_per_task)
+        for task in tasks:
+            bank.add(task)
+        sides.append((bank, EpisodeSampler(bank.labels, contrast_groups(tasks), contrast=contrast)))
+    (bank, sampler), (validation, source) = sides
+    generator = torch.Generator().manual_seed(0)
+    episodes = [source.sample(generator) for _ in range(budget.validation_episodes)]
+    steps = (budget.steps, budget.batch_size, budget.validate_every)
+    return Training(setting, bank, sampler, (validation, episodes), seed, *steps, recordings)
+
+
+def recordings_of(trajectories: Path, setting: Setting) -> tuple[list[str], torch.Tensor]:
+    """Task of each recorded run and its adapters at the policy's knots, (runs, knots, modules, width)."""
+    dataset, policy = TrajectoryDataset.open(trajectories), setting.policy
+    dataset.check_matches(space=policy.space, base_fingerprint=policy.config.base_fingerprint)
+    runs = [run for run in dataset if run.states.isfinite().all()]
+    paths = [run.knots(policy.config.policy_steps).states.float() for run in runs]
+    return [run.task for run in runs], torch.stack(paths)
+
+
+def fit(
+    name: str, seed: int, budget: Budget, subject: tuple[str, str], trajectories: Path | None, target: Path
+) -> str:
+    """Train one method and keep its tensors and its cost."""
+    setting = load_setting(*subject)
+    model, tokenizer = load_base_model(subject[1], "eager")
+    encoder = encoder_of(setting.policy, model, tokenizer, torch.bfloat16)
+    recordings = recordings_of(trajectories, setting) if trajectories else None
+    training = training_of(setting, encoder, budget, seed, recordings)
+    start = time.perf_counter()
+    tensors = METHODS[name].fit(training)
+    tensors["minutes"] = torch.tensor((time.perf_counter() - start) / 60)
+    part = target.with_suffix(".part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
+    part.replace(target)
+    return target.stem

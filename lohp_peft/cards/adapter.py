@@ -1,0 +1,177 @@
+"""The card of a generated adapter."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lohp_peft.cards.markdown import (
+    base_link,
+    entries_table,
+    is_hub_id,
+    model_metadata,
+    read_json,
+    render,
+    score_table,
+)
+
+_POOLING = {
+    "mean": """mask = batch["attention_mask"].unsqueeze(-1)
+x = (tokens * mask).sum(1) / mask.sum(1)""",
+    "first": "x = tokens[:, 0]",
+    "last": """mask = batch["attention_mask"]
+last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+x = tokens[torch.arange(len(tokens)), last]""",
+}
+_PIPELINE_TAGS = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "CAUSAL_LM": "text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+"""By PEFT's task types, what the Hub's widget should do with the model."""
+
+
+def adapter_card(
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any] | None = None,
+    *,
+    name: str,
+    location: str | None = None,
+    has_head: bool = False,
+    scores: Mapping[str, Mapping[str, Any]] | None = None,
+    license: str | None = None,
+) -> str:
+    """Render the card of a generated adapter.
+
+    Args:
+        config: The content of `adapter_config.json`.
+        provenance: The content of `lohp_provenance.json`. `label_names`, `pooling`, `max_length` and `reason` are read,
+            every other entry is listed.
+        name: Title of the card.
+        location: Repository id or folder that the loading snippet names; `name` by default.
+        has_head: Whether the folder holds `head.safetensors`.
+        scores: One row a method, one column a metric, such as one task of `evaluate_tasks`; numbers in 0..1.
+        license: Licence identifier of the Hub for the adapter.
+
+    Returns:
+        The card in Markdown, with its metadata block.
+    """
+    provenance = dict(provenance or {})
+    base = config.get("base_model_name_or_path")
+    settings = {
+        "task type": config.get("task_type"),
+        "rank": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "target modules": _targets(config.get("target_modules")),
+        "labels": provenance.pop("label_names", None),
+    }
+    if not isinstance(settings["labels"], list | tuple | None):
+        raise ValueError(f"`label_names` in the provenance must be a list of names, got {settings['labels']!r}.")
+    limits = ["An adapter from a few examples is as good as they are: check it on labelled examples of your own."]
+    if provenance.get("reason"):
+        limits.insert(0, f"**The policy did not adapt**, for this reason: {provenance['reason']}.")
+    return render(
+        "adapter_card.md",
+        model_metadata(base, "peft", ["lohp", "lora"], license, _PIPELINE_TAGS.get(str(config.get("task_type")))),
+        name=name,
+        base_model=base_link(base),
+        snippet=_adapter_snippet(config, provenance, settings["labels"], location or name, has_head),
+        adapter=entries_table(settings),
+        scores=score_table(scores),
+        provenance=entries_table(provenance),
+        license=license or "Not stated",
+        limits="\n".join(f"- {limit}" for limit in limits),
+    )
+
+
+def write_adapter_card(
+    folder: str | os.PathLike,
+    *,
+    name: str | None = None,
+    location: str | None = None,
+    scores: Mapping[str, Mapping[str, Any]] | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write `README.md` into an adapter folder, from the files that are already there.
+
+    Args:
+        folder: Folder with `adapter_config.json` and, where they exist, `lohp_provenance.json` and `head.safetensors`.
+        name: Title; the folder's name by default.
+        location: See `adapter_card`.
+        scores: See `adapter_card`.
+        license: See `adapter_card`.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: When the folder holds no readable `adapter_config.json`.
+    """
+    folder = Path(folder)
+    config = read_json(folder, "adapter_config.json", "an adapter folder")
+    recorded = folder / "lohp_provenance.json"
+    provenance = read_json(folder, recorded.name, "an adapter folder") if recorded.exists() else {}
+    card = adapter_card(
+        config,
+        provenance,
+        name=name or folder.resolve().name,
+        location=location,
+        has_head=(folder / "head.safetensors").exists(),
+        scores=scores,
+        license=license,
+    )
+    path = folder / "README.md"
+    path.write_text(card, encoding="utf-8")
+    return path
+
+
+def _adapter_snippet(
+    config: Mapping[str, Any], provenance: Mapping[str, Any], labels: Any, location: str, has_head: bool
+) -> str:
+    base = config.get("base_model_name_or_path")
+    base = base if is_hub_id(base) else "path/to/the/base/model"
+    if not has_head:
+        auto = {
+            "SEQ_CLS": "AutoModelForSequenceClassification",
+            "CAUSAL_LM": "AutoModelForCausalLM",
+            "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+            "TOKEN_CLS": "AutoModelForTokenClassification",
+        }.get(str(config.get("task_type")), "AutoModel")
+        count = f", num_labels={len(labels)}" if labels and auto.endswith("SequenceClassification") else ""
+        return (
+            f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+            f'base_model = {auto}.from_pretrained("{base}"{count})\n'
+            f'model = PeftModel.from_pretrained(base_model, "{location}").eval()'
+        )
+    pooling = str(provenance.get("pooling", "mean"))
+    if pooling not in _POOLING:
+        raise ValueError(f"`pooling` in the provenance must be one of {list(_POOLING)}, got {pooling!r}.")
+    length = provenance.get("max_length", 128)
+    return f"""import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+folder = snapshot_download("{location}")  # or the path of a local copy
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), folder).eval()
+head = load_file(f"{{folder}}/head.safetensors")
+labels = {json.dumps(labels)}
+
+batch = tokenizer(["a new text"], padding=True, truncation=True, max_length={length}, return_tensors="pt")
+with torch.no_grad():
+    tokens = model(**batch).last_hidden_state
+{_POOLING[pooling]}
+logits = torch.nn.functional.normalize(x, dim=-1) @ head["weight"].T + head["bias"]
+print([labels[i] for i in logits.argmax(-1).tolist()])"""
+
+
+def _targets(targets: Any) -> str | None:
+    """Shorten a list of full module names to their distinct last parts with counts."""
+    if not targets or isinstance(targets, str):
+        return targets
+    kinds = [str(target).rsplit(".", 1)[-1] for target in targets]
+    return ", ".join(f"{kind} ({kinds.count(kind)})" if kinds.count(kind) > 1 else kind for kind in sorted(set(kinds)))

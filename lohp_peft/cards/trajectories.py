@@ -1,0 +1,116 @@
+"""The card of recorded trajectories, a data set on the Hub."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCardData
+
+from lohp_peft.cards.markdown import base_link, entries_table, read_json, render, table
+
+_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"))
+
+
+def trajectory_card(
+    manifest: Mapping[str, Any],
+    *,
+    name: str,
+    location: str | None = None,
+    licences: Mapping[str, str] | None = None,
+    license: str | None = None,
+) -> str:
+    """Render the card of recorded trajectories.
+
+    Args:
+        manifest: The content of `manifest.json`.
+        name: Title of the card.
+        location: Repository id that the loading snippets name; `name` by default.
+        licences: Licences of the tasks' texts, by task name.
+        license: Licence identifier of the Hub for the trajectories.
+
+    Returns:
+        The card in Markdown, with its metadata block.
+    """
+    shards = manifest["shards"]
+    runs = [run for shard in shards.values() for run in shard["trajectories"]]
+    recorded = {
+        "base_fingerprint": manifest["base_fingerprint"],
+        "weight space": f"{manifest['space_kind']}, r = {manifest['space_r']}",
+        "target modules": len(manifest["layout"]["modules"]),
+        "tasks": len({run["task"] for run in runs}),
+        "trajectories": len(runs),
+        "states": sum(run["states"] for run in runs),
+        "optimizers": _distinct(run["optimizer"] for run in runs),
+        "seeds": _distinct(run["seed"] for run in runs),
+        **manifest["metadata"],
+    }
+    metadata = DatasetCardData(
+        license=license,
+        pretty_name=name,
+        size_categories=next((size for limit, size in _SIZES if len(runs) < limit), "100K<n<1M"),
+        tags=["lohp", "lora", "peft", "trajectories"],
+        viewer=False,  # safetensors are no rows to look at
+    )
+    return render(
+        "trajectory_card.md",
+        metadata,
+        name=name,
+        base_model=base_link(manifest["base_model_name"]),
+        location=location or name,
+        recorded=entries_table(recorded),
+        tasks=_task_table(runs, licences or {}),
+        license=license or "Not stated",
+    )
+
+
+def write_trajectory_card(
+    folder: str | os.PathLike,
+    *,
+    name: str | None = None,
+    location: str | None = None,
+    licences: Mapping[str, str] | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write `README.md` into a folder of trajectories, from its manifest.
+
+    Args:
+        folder: Folder of a `TrajectoryDataset`.
+        name: Title; the folder's name by default.
+        location: See `trajectory_card`.
+        licences: See `trajectory_card`.
+        license: See `trajectory_card`.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: When the folder holds no readable manifest.
+    """
+    folder = Path(folder)
+    manifest = read_json(folder, "manifest.json", "a folder of trajectories")
+    title = name or folder.resolve().name
+    path = folder / "README.md"
+    card = trajectory_card(manifest, name=title, location=location, licences=licences, license=license)
+    path.write_text(card, encoding="utf-8")
+    return path
+
+
+def _task_table(runs: list[Mapping[str, Any]], licences: Mapping[str, str]) -> str:
+    header = ("task", "trajectories", "optimizers", "seeds", "loss, first", "loss, last", "licence of the texts")
+    rows = []
+    for task in dict.fromkeys(run["task"] for run in runs):
+        mine = [run for run in runs if run["task"] == task]
+        losses = [_mean([run[key] for run in mine]) for key in ("first_loss", "last_loss")]
+        optimizers, seeds = (_distinct(run[key] for run in mine) for key in ("optimizer", "seed"))
+        rows.append((task, str(len(mine)), optimizers, seeds, *losses, licences.get(task) or "not stated"))
+    return table(header, rows)
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, sorted(set(values))))
+
+
+def _mean(values: list[float | None]) -> str:
+    scored = [value for value in values if value is not None]
+    return f"{sum(scored) / len(scored):.3f}" if scored else "not scored"
