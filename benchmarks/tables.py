@@ -196,7 +196,7 @@ def warm_start(result: Mapping[str, Any]) -> str:
         *(f"accuracy at {steps[i]}, %" for i in shown),
     )
     note = (
-        f"{count} held-out tasks, {settings['shots']} examples per class, {settings['draws']} draws, at most "
+        f"{count} held-out tasks, {settings['shots']} examples per class, {settings['draws']} support sets each, at most "
         f"{settings['max_test']} test texts; AdamW at {settings['learning_rate']:g}. Steps until the default start's lowest "
         f"loss in {steps[-1]} steps. {where(result)}"
     )

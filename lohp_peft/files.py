@@ -8,10 +8,13 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of weights; others that safetensors knows are refused where weights are meant."""
 TEMPORARY_SUFFIX = ".tmp"
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 

@@ -317,14 +317,13 @@ def _tokenizer_of(model: nn.Module) -> Any:
     """The tokenizer that lies beside the base model."""
     from transformers import AutoTokenizer
 
+    from lohp_peft.tasks.requirements import give_padding
+
     name = getattr(model, "name_or_path", "")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return give_padding(AutoTokenizer.from_pretrained(name))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"No tokenizer was found with base model {name!r}; pass `tokenizer`. ({error})") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token does
-    return tokenizer
 
 
 def _columns(config: Any, label_names: Sequence[str]) -> list[int]:

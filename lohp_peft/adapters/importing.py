@@ -8,11 +8,10 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from lohp_peft.files import read_json, read_tensors
+from lohp_peft.files import FLOAT_TYPES, read_json, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_NUMBER = 1e6
 """Above any rank and `lora_alpha` in use."""
 MAX_REPETITIONS = 4

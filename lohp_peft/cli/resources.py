@@ -40,13 +40,13 @@ def load_base_model(name: str) -> tuple[Any, Any]:
         path, revision = name.split("@", 1)
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
-    from lohp_peft.tasks.requirements import check_base_model
+    from lohp_peft.tasks.requirements import check_base_model, give_padding
 
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
         encoder_alone = config.is_encoder_decoder and type(config) in AutoModelForTextEncoding._model_mapping
         loader = AutoModelForTextEncoding if encoder_alone else AutoModel
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = give_padding(AutoTokenizer.from_pretrained(path, revision=revision))
         options = {"revision": revision, "use_safetensors": True, "output_loading_info": True}
         model, info = loader.from_pretrained(path, **options)
         missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # which is not read
@@ -58,8 +58,6 @@ def load_base_model(name: str) -> tuple[Any, Any]:
         ) from error
     model.eval().requires_grad_(False)
     check_base_model(model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token does
     if name == "minilm":
         # adapters name the public repository of these weights, not a folder of this machine
         model.name_or_path = model.config.name_or_path = MINILM

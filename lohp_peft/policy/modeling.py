@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lohp_peft.adapters.importing import FLOAT_TYPES
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
-from lohp_peft.files import read_tensors
+from lohp_peft.files import FLOAT_TYPES, read_tensors
 from lohp_peft.hub import PushReport, find_policy, push_folder
 from lohp_peft.policy.config import CONFIG_FILE, LoHpPolicyConfig
 from lohp_peft.policy.networks import FeatureNormalizer, ForwardNetwork, LogFlowNetwork

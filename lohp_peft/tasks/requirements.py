@@ -42,6 +42,13 @@ def check_base_model(model: nn.Module, tokenizer: Any = None) -> None:
         raise ValueError(f"{type(model).__name__} cannot be read as texts are: " + "; ".join(problems) + ".")
 
 
+def give_padding(tokenizer: Any) -> Any:
+    """A tokenizer that can pad: without a padding token it gets its end-of-text token, for padding is masked."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def check_gradients(model: nn.Module) -> None:
     """Refuse a base model that passes no gradients on to its lower layers, which both stages of training need.
 

@@ -12,9 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lohp_peft.adapters.layout import AdapterLayout, ModuleSpec, linear_shape, spec_of
+from lohp_peft.adapters.writing import BASE_CHANGING_INITS
 from lohp_peft.files import read_tensors, write_atomically
-
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
