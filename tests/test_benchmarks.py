@@ -271,6 +271,21 @@ def test_scaling(scripts, tmp_path):
     assert row["adapter_mb"] == pytest.approx(4 * 16 * (4 * 2 * 384 + 2 * (384 + 1536)) * 3 / 1e6)
 
 
+@pytest.mark.slow
+def test_training_cost(scripts, tmp_path):
+    file = tmp_path / "result.json"
+    scripts("training_cost").main(["--most", "1", "--steps", "2", "--rank", "2", "--output", str(file)])
+    result = json.loads(file.read_text())
+    rows = {row["varied"]: row for row in result["rows"]}
+    assert rows["tasks"]["runs"] == 4 * 16
+    assert rows["policy_steps"]["recordings_mb"] == pytest.approx(
+        4 * 64 * 4 * 3 * 18 * 2**2 / 1e6
+    )  # 3 states of 18 cores
+    assert all(row["step_s"] > 0 for row in rows.values())
+    assert "adapter: MiniLM, 3 layers" in scripts("tables").training_cost(result)
+    assert file.with_suffix(".svg").read_text().startswith("<?xml")
+
+
 def test_bootstrap_interval(scripts):
     few_shot = scripts("few_shot")
     assert few_shot.bootstrap_interval([0.02] * 5) == pytest.approx((0.02, 0.02))
