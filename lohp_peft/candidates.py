@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,11 +16,15 @@ from lohp_peft.tasks import (
     TextEncoder,
     TextStatistics,
     balanced_rows,
+    check_gradient_steps,
     leave_one_out_loss,
     solve_head,
     task_features,
+    verified_steps,
 )
 from lohp_peft.tasks.encoder import EncodedTexts
+
+TOO_FEW_FOR_STEPS = "Gradient steps need two classes of four examples."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,16 @@ class GenerationConfig:
     )
     optimizer: str | None = field(default=None, metadata={"help": "recorded optimizer to imitate; none in particular"})
     closed_loop: bool = field(default=False, metadata={"help": "measure the features again at every policy step"})
+    gradient_steps: int = field(
+        default=0,
+        metadata={"help": "Adam steps behind the rollout, kept where unseen examples confirm them; 0 is forward-only"},
+    )
+    gradient_learning_rate: float = field(
+        default=0.3, metadata={"help": "their learning rate, in units of the policy's scale"}
+    )
+    gradient_margin: float = field(
+        default=2.0, metadata={"help": "standard errors by which they must lower the loss of unseen examples"}
+    )
     mixed_precision: str = field(
         default="no",
         metadata={"help": "no or bf16, of the base model's forward passes; faster where the processor has it"},
@@ -59,6 +73,10 @@ class GenerationConfig:
             problems.append(f"`num_candidates` must be at least 0, got {self.num_candidates}")
         if not self.amplitudes or min(self.amplitudes) <= 0:
             problems.append(f"`amplitudes` must be positive, got {self.amplitudes}")
+        if self.gradient_steps < 0:
+            problems.append(f"`gradient_steps` must be at least 0, got {self.gradient_steps}")
+        if self.gradient_learning_rate <= 0:
+            problems.append(f"`gradient_learning_rate` must be positive, got {self.gradient_learning_rate}")
         if self.scored_texts < 4:
             problems.append(f"`scored_texts` must be at least 4, got {self.scored_texts}")
         if self.mixed_precision not in ("no", "bf16"):
@@ -108,6 +126,8 @@ class CandidateSet:
 
     def __init__(self, policy: LoHpPolicy, encoder: TextEncoder, examples: list[Examples], config: GenerationConfig):
         self.policy, self.encoder, self.examples, self.config = policy, encoder, examples, config
+        if config.gradient_steps:
+            check_gradient_steps(encoder)
         self.sizes = [len(task) for task in examples]
         prepared = [encoder.prepare(task.texts, task.texts_b) for task in examples]
         self.truncated = [_count_truncated(encoder, *pair) for pair in zip(examples, prepared, strict=True)]
@@ -182,7 +202,8 @@ class CandidateSet:
         embedded = self._embed({"generated": generated}, [torch.arange(size) for size in self.sizes])["generated"]
         if not self.config.choose:
             note = (Candidate("generated"),), "generated", "Candidates were not compared."
-            return [Choice(state, x, *note) for state, x in zip(generated, embedded, strict=True)]
+            made = [Choice(state, x, *note) for state, x in zip(generated, embedded, strict=True)]
+            return self._with_steps(made, generated)
         states = {"generated": generated} | self._variants(features, generated) | self._fixed(generated)
         compared = [balanced_rows(t.targets, self.config.scored_texts, self.config.seed) for t in self.examples]
         known = {"generated": embedded, "none": [s.embeddings for s in self.statistics]}
@@ -203,7 +224,39 @@ class CandidateSet:
             best, reason = _decide(found, self.config.margin)
             whole = known[best][i] if best in known else embeddings[best] if len(rows) == len(task) else None
             made.append(Choice(states[best][i], whole, tuple(found.values()), best, reason))
-        return made
+        return self._with_steps(made, generated)
+
+    def _with_steps(self, choices: list[Choice], generated: Tensor) -> list[Choice]:
+        """The choices after the gradient steps that the settings ask for."""
+        if not self.config.gradient_steps:
+            return choices
+        return [self._step(i, choice, generated[i]) for i, choice in enumerate(choices)]
+
+    def _step(self, task: int, choice: Choice, generated: Tensor) -> Choice:
+        """The generated adapter after gradient steps where unseen examples confirm them, else the choice so far."""
+        config, examples = self.config, self.examples[task]
+        rows = torch.arange(len(self.owner)).split(self.sizes)[task]
+        name = f"generated + {config.gradient_steps} gradient steps"
+        taken = verified_steps(
+            self.encoder,
+            self.encoded[rows],
+            examples.targets,
+            examples.n_classes,
+            generated,
+            self.policy.scale,
+            steps=config.gradient_steps,
+            learning_rate=config.gradient_learning_rate,
+            ridge=self.policy.config.ridge,
+            seed=config.seed,
+        )
+        if taken is None:
+            return replace(choice, reason=f"{choice.reason} {TOO_FEW_FOR_STEPS}")
+        mean, error = taken.change
+        verdict = f"{config.gradient_steps} gradient steps change the loss of unseen examples by {mean:+.3f} +- {error:.3f} nats"
+        candidates = (*choice.candidates, Candidate(name, excess=taken.change))
+        if mean + config.gradient_margin * error < 0:
+            return Choice(taken.state, None, candidates, name, f"{verdict}.")
+        return replace(choice, candidates=candidates, reason=f"{choice.reason} {verdict}: not kept.")
 
     def embeddings(self, choices: Sequence[Choice]) -> list[Tensor]:
         """All support texts of each task under its chosen adapter; what is known is not run again."""

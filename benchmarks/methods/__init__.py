@@ -6,8 +6,9 @@ from methods.controls import CONTROLS
 from methods.from_recordings import DragAndDrop, LocalDenoising, TextToLoraRecon, WeightDiffusion
 from methods.no_training import AdamW, FullData, LinearProbe, NoAdapter, SetFit
 from methods.ours import Generated, Rollout
+from methods.stepped import Stepped
 from methods.unconditional import FamilySpecialists, MultiTask, Reptile
-from methods.zoo import BestBySupportLoss, LoraHub, Mean, Nearest
+from methods.zoo import BestBySupportLoss, LoraHub, Mean, Nearest, Zero
 
 METHODS: dict[str, Method] = {
     "none": NoAdapter(),
@@ -34,6 +35,9 @@ METHODS: dict[str, Method] = {
     "local_denoising": LocalDenoising(),
     "ours_raw": Rollout(),
     "ours": Generated(),
+    "none_steps": Stepped(Zero(), 4),
+    "multi_task_steps": Stepped(MultiTask(), 4, fitted_as="multi_task"),
+    "ours_steps": Generated(gradient_steps=4),
     "family_specialists": FamilySpecialists(),
     "adamw_full_data": FullData(300, 1e-3),
 }

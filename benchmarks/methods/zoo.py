@@ -7,6 +7,13 @@ from torch.nn.functional import cosine_similarity
 from methods.base import Method, Setting, Support
 
 
+class Zero(Method):
+    """No adapter, as a state."""
+
+    def state(self, setting: Setting, tensors: dict[str, Tensor], support: Support) -> Tensor:
+        return setting.policy.scale.new_zeros(tuple(setting.policy.space.shape))
+
+
 class Mean(Method):
     """The average adapter."""
 

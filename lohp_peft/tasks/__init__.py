@@ -3,6 +3,7 @@
 from lohp_peft.tasks.bank import TaskBank
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder, tokenizer_fingerprint
 from lohp_peft.tasks.features import TaskFeatures, TextStatistics, fit_reference, task_features
+from lohp_peft.tasks.gradient_steps import VerifiedSteps, check_gradient_steps, verified_steps
 from lohp_peft.tasks.heads import HEADS, Head, calibrated_cross_entropy, leave_one_out_loss, solve_head
 from lohp_peft.tasks.task import Examples, Task, balanced_rows, draw
 from lohp_peft.tasks.variants import Episode, EpisodeSampler, contrast_groups, contrast_task
@@ -19,8 +20,10 @@ __all__ = [
     "TaskFeatures",
     "TextEncoder",
     "TextStatistics",
+    "VerifiedSteps",
     "balanced_rows",
     "calibrated_cross_entropy",
+    "check_gradient_steps",
     "contrast_groups",
     "contrast_task",
     "draw",
@@ -29,4 +32,5 @@ __all__ = [
     "solve_head",
     "task_features",
     "tokenizer_fingerprint",
+    "verified_steps",
 ]

@@ -1,0 +1,163 @@
+"""A few gradient steps behind a generated adapter, kept only where they help on examples that they have not seen.
+
+An option: without it generation is forward-only. Where no training task asks for anything like the task at hand the policy
+has little to say and the examples' gradient much (Ours: question types, fine topics); where the policy knows the task, steps
+on a few examples undo what it knows. Which it is shows on the half of the examples that the steps were not taken on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
+from lohp_peft.tasks.heads import calibrated_cross_entropy, leave_one_out_loss, solve_head
+from lohp_peft.tasks.requirements import check_gradients
+from lohp_peft.tasks.task import balanced_rows
+
+LEAST_ROWS = 4
+"""Examples that a class needs: two in each half, for leave-one-out losses."""
+BETAS = (0.9, 0.95)
+MOST_HELD_OUT = 128
+
+
+@dataclass(frozen=True)
+class VerifiedSteps:
+    """Where the steps led, and what they did for examples that they were not taken on.
+
+    Args:
+        state: Mean of the adapters of both halves, shape (modules, width).
+        change: Mean change of the calibrated loss, in nats, over the examples of each half under the adapter of the
+            other, and its standard error.
+    """
+
+    state: Tensor
+    change: tuple[float, float]
+
+
+def check_gradient_steps(encoder: TextEncoder) -> None:
+    """Refuse gradient steps where there can be no gradients.
+
+    Args:
+        encoder: The encoder whose base model is adapted.
+
+    Raises:
+        RuntimeError: Inside `torch.inference_mode`.
+        ValueError: For a base model that passes no gradients on, see `check_gradients`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "`gradient_steps` needs gradients, which `torch.inference_mode` forbids. Call outside of it, or without "
+            "`gradient_steps`, which is forward-only."
+        )
+    check_gradients(encoder.base_model)
+
+
+def verified_steps(
+    encoder: TextEncoder,
+    encoded: EncodedTexts,
+    labels: Tensor,
+    n_classes: int,
+    start: Tensor,
+    scale: Tensor,
+    *,
+    steps: int,
+    learning_rate: float,
+    texts: int = 96,
+    ridge: float = 3.0,
+    seed: int = 0,
+) -> VerifiedSteps | None:
+    """Take steps of Adam on each half of the examples, and compare start and end on the other half.
+
+    The loss is the calibrated leave-one-out loss of a ridge head (see `leave_one_out_loss`). Both halves run in one batch, and
+    the mean of both ends is the result (Known: 2203.05482, averages of fine-tuned weights), so that nothing is run
+    a third time.
+
+    Args:
+        encoder: Encoder of the base model.
+        encoded: The `n` examples, from `encoder.prepare`.
+        labels: Class indices, shape (n,).
+        n_classes: Number of classes.
+        start: The adapter to start from, shape (modules, width).
+        scale: Unit of the steps, the policy's, shape (modules, 1).
+        steps: Optimizer steps.
+        learning_rate: Adam's, in units of `scale`.
+        texts: Most examples of a half in a step, but four a class.
+        ridge: Penalty of the head.
+        seed: Seed of the halves and of the steps' examples.
+
+    Returns:
+        Where they led; `None` when fewer than two classes have four examples.
+    """
+    halves = _halves(labels, seed)
+    if halves is None:
+        return None
+    scaled = (start / scale).detach().expand(2, *start.shape).clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([scaled], lr=learning_rate, betas=BETAS)
+    most = max(texts, LEAST_ROWS * n_classes)
+    with torch.enable_grad():
+        for step in range(steps):
+            rows = [half[balanced_rows(labels[half], most, seed + 1000 * step)] for half in halves]
+            embedded = _embed(encoder, encoded, rows, scaled * scale)
+            losses = [
+                leave_one_out_loss(x, labels[part], n_classes, ridge=ridge).mean()
+                for x, part in zip(embedded, rows, strict=True)
+            ]
+            # The gradients of the base model's own parameters are not asked for, whoever owns it.
+            (scaled.grad,) = torch.autograd.grad(torch.stack(losses).sum(), [scaled])
+            optimizer.step()
+    with torch.no_grad():
+        ends = scaled.detach() * scale
+        change = torch.cat(
+            [
+                _loss_change(
+                    encoder, encoded, labels, n_classes, halves[k], halves[1 - k], start, ends[k], ridge, seed
+                )
+                for k in range(2)
+            ]
+        )
+    error = float(change.std() / len(change) ** 0.5)
+    return VerifiedSteps(ends.mean(0), (float(change.mean()), error))
+
+
+def _halves(labels: Tensor, seed: int) -> tuple[Tensor, Tensor] | None:
+    """Row indices of two disjoint halves of every class that has enough of them."""
+    generator = torch.Generator().manual_seed(seed)
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero().flatten().cpu()
+        if len(rows) >= LEAST_ROWS:
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            for side, part in zip(sides, rows.tensor_split(2), strict=True):
+                side.append(part)
+    return None if len(sides[0]) < 2 else (torch.cat(sides[0]), torch.cat(sides[1]))
+
+
+def _embed(encoder: TextEncoder, encoded: EncodedTexts, rows: list[Tensor], states: Tensor) -> list[Tensor]:
+    """Embeddings of each list of rows under its own state."""
+    sizes = [len(part) for part in rows]
+    owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(sizes))
+    return list(encoder.embed(encoded[torch.cat(rows)], states, owner).split(sizes))
+
+
+def _loss_change(
+    encoder: TextEncoder,
+    encoded: EncodedTexts,
+    labels: Tensor,
+    n_classes: int,
+    known: Tensor,
+    unseen: Tensor,
+    start: Tensor,
+    end: Tensor,
+    ridge: float,
+    seed: int,
+) -> Tensor:
+    """Loss at the end minus that at the start of up to `MOST_HELD_OUT` unseen rows, under heads of the known ones."""
+    known, unseen = (rows[balanced_rows(labels[rows], MOST_HELD_OUT, seed)] for rows in (known, unseen))
+    losses = []
+    for state in (start, end):
+        head_rows, test = _embed(encoder, encoded, [known, unseen], state.expand(2, *state.shape))
+        head = solve_head(head_rows.float(), labels[known], n_classes, "ridge", ridge=ridge)
+        targets = labels[unseen].to(test.device)
+        losses.append(calibrated_cross_entropy(head.logits(test.float()), targets, "none").cpu())
+    return losses[1] - losses[0]
