@@ -224,6 +224,35 @@ def scaling(result: Mapping[str, Any]) -> str:
     return f"{table(header, rows)}\n\n{note}"
 
 
+def importing(result: Mapping[str, Any]) -> str:
+    """One row a weight space, both kinds of runs side by side."""
+    settings, kinds = result["settings"], result["kinds"]
+    rows = []
+    for space in next(iter(kinds.values())):
+        name = f"shipped policy's, {settings['policy_rank']}" if space == "policy" else space
+        row = [name]
+        for kind in kinds.values():
+            found = kind[space]
+            gain = "" if found["gain_kept"] is None else percent(found["gain_kept"])
+            row += [percent(found["energy_kept"]), gain, f"{found['accepted']} of {len(settings['tasks'])}"]
+        rows.append(row)
+    header = ["rank of the space"]
+    for name in kinds:
+        header += [f"{name}: energy kept, %", "loss improvement kept, %", "accepted"]
+    losses = ", ".join(
+        f"{name} {found['loss_without']:.3f} to {found['loss_exact']:.3f} nats"
+        for name, kind in kinds.items()
+        for found in [next(iter(kind.values()))]
+    )
+    note = (
+        f"{len(settings['tasks'])} training tasks, a run each: rank {settings['r']}, {settings['steps']} AdamW steps of "
+        f"{settings['batch_size']} texts at {settings['learning_rate']:g}. Mean losses on split test without and with the exact "
+        f"adapters: {losses}. Accepted: every state keeps {percent(settings['min_energy'])} % of its energy and the last "
+        f"{percent(settings['min_gain'])} % of the improvement. {where(result)}"
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
 def adamw(result: Mapping[str, Any]) -> str:
     """The grid on validation tasks."""
     rates, steps = ([*dict.fromkeys(key.split("/")[i] for key in result["accuracy"])] for i in (0, 1))
@@ -263,6 +292,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "latency_tasks": ("latency", latency_tasks),
     "warm_start": ("warm_start", warm_start),
     "scaling": ("scaling", scaling),
+    "importing": ("importing", importing),
     "adamw": ("adamw", adamw),
     "recorder": ("recorder", recorder),
     "subtb": ("subtb", subtb),

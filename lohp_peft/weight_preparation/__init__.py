@@ -2,6 +2,14 @@
 
 from lohp_peft.weight_preparation.bases import first_gradients, gradient_space
 from lohp_peft.weight_preparation.config import WeightPreparationConfig
+from lohp_peft.weight_preparation.importing import (
+    CheckpointRun,
+    ImportReport,
+    checkpoint_space,
+    find_runs,
+    import_runs,
+    report_table,
+)
 from lohp_peft.weight_preparation.optimizers import OFFLINE_OPTIMIZERS, OfflineOptimizer, build_optimizer
 from lohp_peft.weight_preparation.plan import PreparationPlan, plan_preparation
 from lohp_peft.weight_preparation.preparation import prepare_trajectories, record_run
@@ -10,17 +18,23 @@ from lohp_peft.weight_preparation.scoring import query_loss, score_trajectory
 
 __all__ = [
     "OFFLINE_OPTIMIZERS",
+    "CheckpointRun",
+    "ImportReport",
     "OfflineOptimizer",
     "PreparationPlan",
     "RecordingReport",
     "TrajectoryRecorder",
     "WeightPreparationConfig",
     "build_optimizer",
+    "checkpoint_space",
+    "find_runs",
     "first_gradients",
     "gradient_space",
+    "import_runs",
     "plan_preparation",
     "prepare_trajectories",
     "query_loss",
     "record_run",
+    "report_table",
     "score_trajectory",
 ]
