@@ -3,7 +3,7 @@
 Every task is fine-tuned with ordinary PEFT LoRAs and a linear classifier, in bfloat16.
 `random A`: every run draws its own lora_A and trains it, as runs of different people do. `shared A`: all have the same one,
 frozen. All runs of a kind are then imported into the core space along their joint updates at several
-ranks, and into the shipped policy's space. Losses are those of the injected reward on split test, which no run has seen.
+ranks, into the space along their joint input directions that leaves the outputs free, and into the shipped policy's space. Losses are those of the injected reward on split test, which no run has seen.
 Only training tasks of the suite are used.
 """
 
@@ -113,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 fine_tune(task, kind, number, modules, options, folders[-1][1])
             runs = find_runs(folders, model)
             spaces = {str(r): checkpoint_space(runs, model, "core", r) for r in options.ranks}
+            spaces["lora_b"] = checkpoint_space(runs, model, "lora_b")
             spaces["policy"] = policy.space
             kinds[kind] = {}
             for name, space in spaces.items():

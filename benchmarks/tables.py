@@ -227,16 +227,16 @@ def scaling(result: Mapping[str, Any]) -> str:
 def importing(result: Mapping[str, Any]) -> str:
     """One row a weight space, both kinds of runs side by side."""
     settings, kinds = result["settings"], result["kinds"]
+    names = {"policy": f"shipped policy's, {settings['policy_rank']}", "lora_b": f"`lora_b`, {settings['r']}"}
     rows = []
     for space in next(iter(kinds.values())):
-        name = f"shipped policy's, {settings['policy_rank']}" if space == "policy" else space
-        row = [name]
+        row = [names.get(space, f"`core`, {space}")]
         for kind in kinds.values():
             found = kind[space]
             gain = "" if found["gain_kept"] is None else percent(found["gain_kept"])
             row += [percent(found["energy_kept"]), gain, f"{found['accepted']} of {len(settings['tasks'])}"]
         rows.append(row)
-    header = ["rank of the space"]
+    header = ["weight space, rank"]
     for name in kinds:
         header += [f"{name}: energy kept, %", "loss improvement kept, %", "accepted"]
     losses = ", ".join(
