@@ -247,8 +247,8 @@ def importing(result: Mapping[str, Any]) -> str:
     note = (
         f"{len(settings['tasks'])} training tasks, a run each: rank {settings['r']}, {settings['steps']} AdamW steps of "
         f"{settings['batch_size']} texts at {settings['learning_rate']:g}. Mean losses on split test without and with the exact "
-        f"adapters: {losses}. Accepted: every state keeps {percent(settings['min_energy'])} % of its energy and the last "
-        f"{percent(settings['min_gain'])} % of the improvement. {where(result)}"
+        f"adapters: {losses}. Accepted: {percent(settings['min_gain'])} % of the improvement are kept, and "
+        f"{percent(settings['min_energy'])} % of the energy. {where(result)}"
     )
     return f"{table(header, rows)}\n\n{note}"
 

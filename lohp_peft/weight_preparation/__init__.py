@@ -1,15 +1,9 @@
 """Stage 1: record how offline optimizers solve tasks. Stage 2 never needs anything from here but the recordings."""
 
 from lohp_peft.weight_preparation.bases import first_gradients, gradient_space
+from lohp_peft.weight_preparation.checkpoints import CheckpointRun, checkpoint_space, find_runs
 from lohp_peft.weight_preparation.config import WeightPreparationConfig
-from lohp_peft.weight_preparation.importing import (
-    CheckpointRun,
-    ImportReport,
-    checkpoint_space,
-    find_runs,
-    import_runs,
-    report_table,
-)
+from lohp_peft.weight_preparation.importing import ImportReport, import_runs, report_table
 from lohp_peft.weight_preparation.optimizers import OFFLINE_OPTIMIZERS, OfflineOptimizer, build_optimizer
 from lohp_peft.weight_preparation.plan import PreparationPlan, plan_preparation
 from lohp_peft.weight_preparation.preparation import prepare_trajectories, record_run
