@@ -23,8 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from lohp_peft import WeightPreparationConfig
 from lohp_peft.tasks import Task, TextEncoder
-from lohp_peft.weight_preparation import checkpoint_space, find_runs, import_runs
-from lohp_peft.weight_preparation.importing import MIN_ENERGY, MIN_GAIN
+from lohp_peft.weight_preparation import MIN_ENERGY, MIN_GAIN, checkpoint_space, find_runs, import_runs
 
 TASKS = "mr subj mpqa clickbait tweet_emotion uci_amazon_cells".split()
 KINDS = ("random A", "shared A")

@@ -52,8 +52,13 @@ def import_checkpoints(
     from accelerate import Accelerator
 
     from lohp_peft.tasks import TextEncoder
-    from lohp_peft.weight_preparation import WeightPreparationConfig, find_runs, import_runs
-    from lohp_peft.weight_preparation.importing import MIN_ENERGY, MIN_GAIN
+    from lohp_peft.weight_preparation import (
+        MIN_ENERGY,
+        MIN_GAIN,
+        WeightPreparationConfig,
+        find_runs,
+        import_runs,
+    )
 
     given = config is not None or ctx.args or sets
     settings = read_config(WeightPreparationConfig, config, ctx.args, sets or ()) if given else None

@@ -3,7 +3,7 @@
 from lohp_peft.weight_preparation.bases import first_gradients, gradient_space
 from lohp_peft.weight_preparation.checkpoints import CheckpointRun, checkpoint_space, find_runs
 from lohp_peft.weight_preparation.config import WeightPreparationConfig
-from lohp_peft.weight_preparation.importing import ImportReport, import_runs, report_table
+from lohp_peft.weight_preparation.importing import MIN_ENERGY, MIN_GAIN, ImportReport, import_runs, report_table
 from lohp_peft.weight_preparation.optimizers import OFFLINE_OPTIMIZERS, OfflineOptimizer, build_optimizer
 from lohp_peft.weight_preparation.plan import PreparationPlan, plan_preparation
 from lohp_peft.weight_preparation.preparation import prepare_trajectories, record_run
@@ -11,6 +11,8 @@ from lohp_peft.weight_preparation.recorder import RecordingReport, TrajectoryRec
 from lohp_peft.weight_preparation.scoring import query_loss, score_trajectory
 
 __all__ = [
+    "MIN_ENERGY",
+    "MIN_GAIN",
     "OFFLINE_OPTIMIZERS",
     "CheckpointRun",
     "ImportReport",
