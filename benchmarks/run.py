@@ -19,6 +19,7 @@ SUITES = {
     "warm_start": ("warm_start.py", "{work}/warm_start", "--processes", "2"),
     "scaling": ("scaling.py",),
     "training_cost": ("training_cost.py",),
+    "importing": ("importing.py",),
     "recorder": ("recorder/run.py",),
 }
 """By the name of the result file: the script and its arguments. `subtb/` and `shipped_policy/` have their own READMEs."""

@@ -266,6 +266,35 @@ def ablations(result: Mapping[str, Any]) -> str:
     return f"{table(header, rows)}\n\n{note}"
 
 
+def importing(result: Mapping[str, Any]) -> str:
+    """One row a weight space, both kinds of runs side by side."""
+    settings, kinds = result["settings"], result["kinds"]
+    names = {"policy": f"shipped policy's, {settings['policy_rank']}", "lora_b": f"`lora_b`, {settings['r']}"}
+    rows = []
+    for space in next(iter(kinds.values())):
+        row = [names.get(space, f"`core`, {space}")]
+        for kind in kinds.values():
+            found = kind[space]
+            gain = "" if found["gain_kept"] is None else percent(found["gain_kept"])
+            row += [percent(found["energy_kept"]), gain, f"{found['accepted']} of {len(settings['tasks'])}"]
+        rows.append(row)
+    header = ["weight space, rank"]
+    for name in kinds:
+        header += [f"{name}: energy kept, %", "loss improvement kept, %", "accepted"]
+    losses = ", ".join(
+        f"{name} {found['loss_without']:.3f} to {found['loss_exact']:.3f} nats"
+        for name, kind in kinds.items()
+        for found in [next(iter(kind.values()))]
+    )
+    note = (
+        f"{len(settings['tasks'])} training tasks, a run each: rank {settings['r']}, {settings['steps']} AdamW steps of "
+        f"{settings['batch_size']} texts at {settings['learning_rate']:g}. Mean losses on split test without and with the exact "
+        f"adapters: {losses}. Accepted: {percent(settings['min_gain'])} % of the improvement are kept, and "
+        f"{percent(settings['min_energy'])} % of the energy. {where(result)}"
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
 def adamw(result: Mapping[str, Any]) -> str:
     """The grid on validation tasks."""
     rates, steps = ([*dict.fromkeys(key.split("/")[i] for key in result["accuracy"])] for i in (0, 1))
@@ -307,6 +336,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "scaling": ("scaling", scaling),
     "training_cost": ("training_cost", training_cost),
     "ablations": ("ablations", ablations),
+    "importing": ("importing", importing),
     "adamw": ("adamw", adamw),
     "recorder": ("recorder", recorder),
     "subtb": ("subtb", subtb),

@@ -80,6 +80,38 @@ def test_few_shot(scripts, subject, processes, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_importing(scripts, subject, tmp_path, monkeypatch):
+    names = ["mr", "subj"]
+    monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", [*names, "cr"])))
+    importing = scripts("importing")
+    line = [
+        *subject,
+        "--tasks",
+        *names,
+        "--ranks",
+        "2",
+        "8",
+        "--steps",
+        "2",
+        "--score-query-rows",
+        "8",
+    ]
+    importing.main([*line, "--output", str(tmp_path / "result.json")])
+    result = result_of(tmp_path / "result.json")
+    assert set(result["kinds"]) == {"random A", "shared A"}
+    for spaces in result["kinds"].values():
+        assert set(spaces) == {"2", "8", "lora_b", "policy"}
+        assert spaces["2"]["energy_kept"] < spaces["8"]["energy_kept"]
+        for found in spaces.values():
+            assert found["loss_exact"] == pytest.approx(spaces["2"]["loss_exact"], abs=1e-4)
+            assert found["accepted"] == sum(run["refused"] is None for run in found["runs"])
+    assert result["kinds"]["shared A"]["lora_b"]["energy_kept"] == pytest.approx(1, abs=1e-4)
+    assert "| `core`, 2 |" in scripts("tables").importing(result)
+    with pytest.raises(SystemExit):
+        importing.main([*line, "--tasks", "cr"])
+
+
+@pytest.mark.slow
 def test_contrast(scripts, subject, tmp_path, monkeypatch):
     contrast = scripts("contrast")
     names = [

@@ -8,6 +8,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from lohp_peft.adapters.writing import BASE_CHANGING_INITS
 from lohp_peft.files import FLOAT_TYPES, read_json, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
@@ -31,8 +32,9 @@ def read_plain_lora(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
         By module name `lora_A` (r, d_in) and `lora_B` (d_out, r), float32 (float64 where they are stored so).
 
     Raises:
-        ValueError: When a file is missing or damaged, the folder is no LoRA of linear layers, or listing every entry
-            that is not understood, not finite, of the wrong shape or of another rank than the configuration says.
+        ValueError: When a file is missing or damaged, the folder is no LoRA of linear layers, its `lora_B @ lora_A` is
+            not all that the adapter does to the base model, or listing every entry that is not understood, not finite,
+            of the wrong shape or of another rank than the configuration says.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -131,7 +133,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG_FILE} needs positive numbers `r` and `lora_alpha`, patterns from names to such numbers, and "
             f"names in `modules_to_save`; got {', '.join(wrong)}."
         )
+    if more := _more_than_an_update(config):
+        raise ValueError(f"`lora_B @ lora_A` is not all that the adapter in {folder} does: {'; '.join(more)}.")
     return config
+
+
+def _more_than_an_update(config: dict[str, Any]) -> list[str]:
+    """What a LoRA of this configuration does besides adding `lora_B @ lora_A`, where its tensors do not show it."""
+    init, found = config.get("init_lora_weights"), []
+    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
+        found.append(
+            f"init_lora_weights={init!r} changes the base weights; save it with `path_initial_model_for_weight_conversion`"
+        )
+    if config.get("layer_replication"):
+        found.append("layer_replication makes another base model")
+    if config.get("alora_invocation_tokens"):
+        found.append("alora_invocation_tokens leaves the adapter out of the tokens before them")
+    return found
 
 
 def _is_positive(value: Any) -> bool:

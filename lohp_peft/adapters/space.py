@@ -5,7 +5,7 @@ tensors of shape (modules, width) with one row per target module, zero-padded to
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -266,21 +266,28 @@ class CoreSpace(WeightSpace):
             ValueError: When there is no adapter, or a module has no update in any.
         """
         sketches = {s.name: (_RowSketch(s.d_in), _RowSketch(s.d_out)) for s in layout.modules}
-        for adapter in adapters:
-            pairs = {name: (a.detach().cpu().double(), b.detach().cpu().double()) for name, (a, b) in adapter.items()}
-            energies = {name: float(torch.trace((b.T @ b) @ (a @ a.T))) for name, (a, b) in pairs.items()}
-            scale = max(sum(energies.values()), 1e-30) ** -0.5
-            for name, (a, b) in pairs.items():
-                if name in sketches and energies[name] > 0:
-                    right, left = sketches[name]
-                    # ΔW^T ΔW = (R A)^T (R A) with R from B = Q R, and the same transposed
-                    right.add(torch.linalg.qr(b)[1] @ a * scale)
-                    left.add(torch.linalg.qr(a.T)[1] @ b.T * scale)
+        for name, a, b in _updates(adapters):
+            if name in sketches:
+                right, left = sketches[name]
+                right.add(torch.linalg.qr(b)[1] @ a)
+                left.add(torch.linalg.qr(a.T)[1] @ b.T)
         empty = [s.name for s in layout.modules if not len(sketches[s.name][0].rows)]
         if empty:
             raise ValueError(f"No recorded update to take bases from for: {', '.join(empty)}.")
         bases = [[sketch.leading(r) for sketch in sketches[s.name]] for s in layout.modules]
         return cls(layout, r, [v for v, _ in bases], [u for _, u in bases])
+
+
+def _updates(adapters: Iterable[Adapter]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, A and B, float64, of every update that is not zero; each adapter scaled to the energy 1.
+
+    With B = Q R, ΔW^T ΔW = (R A)^T (R A), and the same transposed.
+    """
+    for adapter in adapters:
+        pairs = {name: (a.detach().cpu().double(), b.detach().cpu().double()) for name, (a, b) in adapter.items()}
+        energies = {name: float(torch.trace((b.T @ b) @ (a @ a.T))) for name, (a, b) in pairs.items()}
+        scale = max(sum(energies.values()), 1e-30) ** -0.5
+        yield from ((name, a, b * scale) for name, (a, b) in pairs.items() if energies[name] > 0)
 
 
 class _RowSketch:
@@ -338,3 +345,16 @@ class LoraBSpace(WeightSpace):
         generator = torch.Generator().manual_seed(seed)
         draws = [torch.randn(s.d_in, r, generator=generator, dtype=torch.float64) for s in layout.modules]
         return cls(layout, r, [torch.linalg.qr(draw)[0].float().contiguous() for draw in draws])
+
+    @classmethod
+    def from_trajectories(cls, layout: AdapterLayout, r: int, adapters: Iterable[Adapter]) -> "LoraBSpace":
+        """Rows of A along the leading input directions of recorded updates: exact where they share an A of rank `r`.
+
+        Each adapter counts by its energy share, as in `CoreSpace.from_trajectories`; a module without an update gets
+        random rows.
+        """
+        sketches = {s.name: _RowSketch(s.d_in) for s in layout.modules}
+        for name, a, b in _updates(adapters):
+            if name in sketches:
+                sketches[name].add(torch.linalg.qr(b)[1] @ a)
+        return cls(layout, r, [sketches[s.name].leading(r) for s in layout.modules])

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from lohp_peft.cli import environment, evaluate, generate, prepare, push, train
+from lohp_peft.cli import environment, evaluate, generate, import_checkpoints, prepare, push, train
 
 USER_ERRORS = (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """Raised for what the user can put right: one line and exit code 2, unless `--debug` is given."""
@@ -64,6 +64,7 @@ def options(
 
 _OVERRIDABLE = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("prepare", context_settings=_OVERRIDABLE)(prepare.prepare)
+app.command("import-checkpoints", context_settings=_OVERRIDABLE)(import_checkpoints.import_checkpoints)
 app.command("train", context_settings=_OVERRIDABLE)(train.train)
 app.command("generate", context_settings=_OVERRIDABLE)(generate.generate)
 app.command("evaluate")(evaluate.evaluate)

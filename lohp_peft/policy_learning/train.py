@@ -260,9 +260,9 @@ def _public_name(name: str) -> str:
 
 
 def _check_recorded(tasks: Sequence[Task], dataset: TrajectoryDataset) -> None:
-    names = {task.name for task in tasks}
-    strangers = sorted(set(dataset.keys()) - names)
-    if not names & set(dataset.keys()) or strangers:
+    names, recorded = {task.name for task in tasks}, set(dataset.tasks())
+    strangers = sorted(recorded - names)
+    if not names & recorded or strangers:
         raise ValueError(
             f"The trajectories and the training tasks must belong together: recordings of {strangers or 'no task'} "
             f"have no task among the {len(names)} given. Pass the tasks that were recorded."

@@ -207,6 +207,10 @@ class TrajectoryDataset:
         """Keys of the usable shards, sorted."""
         return sorted(key for key in self.manifest.shards if key not in self.damaged)
 
+    def tasks(self) -> list[str]:
+        """Names of the tasks with a usable trajectory, sorted; they need not be the keys."""
+        return sorted({run["task"] for key in self.keys() for run in self.manifest.shards[key].trajectories})
+
     def __getitem__(self, key: str) -> list[Trajectory]:
         """The trajectories of one shard.
 

@@ -1,13 +1,13 @@
 """Trajectories out of training runs that were not recorded: PEFT's own checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lohp_peft.adapters.importing import read_checkpoints
-from lohp_peft.adapters.space import WeightSpace
+from lohp_peft.adapters.space import Adapter, WeightSpace
 from lohp_peft.trajectories.trajectory import Trajectory
 
 
@@ -46,21 +46,56 @@ def import_checkpoints(
     """
     if not 0 <= min_energy <= 1:
         raise ValueError(f"`min_energy` must be in 0..1, got {min_energy}.")
-    checkpoints = [(step, adapter) for step, adapter in read_checkpoints(run) if step > 0]
-    states, steps, kept = [torch.zeros(space.shape)], [0], [1.0]
-    for step, adapter in checkpoints:
-        named = {name.removeprefix(prefix): pair for name, pair in adapter.items()}
-        state = space.encode(named).state.float().cpu()
-        energy = sum(float(((b.T @ b) * (a @ a.T)).sum()) for a, b in named.values())
-        states.append(state)
-        steps.append(step)
-        kept.append(float(state.square().sum()) / energy if energy > 0 else 1.0)
-    poor = [f"checkpoint-{step}: {share:.3f}" for step, share in zip(steps, kept, strict=True) if share < min_energy]
+    checkpoints = [
+        (step, {name.removeprefix(prefix): pair for name, pair in adapter.items()})
+        for step, adapter in read_checkpoints(run)
+    ]
+    trajectory = project_checkpoints(
+        checkpoints, space, task, optimizer=optimizer, hyperparameters=hyperparameters, seed=seed
+    )
+    kept = zip(trajectory.optimizer_steps.tolist(), trajectory.metrics["energy_kept"].tolist(), strict=True)
+    poor = [f"checkpoint-{step}: {share:.3f}" for step, share in kept if share < min_energy]
     if poor:
         raise ValueError(
             f"The weight space keeps less than `min_energy`={min_energy} of: {', '.join(poor)}. Use a larger rank, or "
             "bases taken from these runs (`CoreSpace.from_trajectories`)."
         )
+    return trajectory
+
+
+def project_checkpoints(
+    checkpoints: Sequence[tuple[int, Adapter]],
+    space: WeightSpace,
+    task: str,
+    *,
+    optimizer: str = "unknown",
+    hyperparameters: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Trajectory:
+    """The unscored trajectory of adapters by their optimizer steps, after no adapter at step 0.
+
+    Args:
+        checkpoints: Optimizer steps, increasing, and adapters; one of step 0 is left out.
+        space: Coordinates.
+        task: See `import_checkpoints`, as all that follow.
+        optimizer: See there.
+        hyperparameters: See there.
+        seed: See there.
+
+    Returns:
+        The trajectory, its losses NaN; its metric `energy_kept` is the share of the squared Frobenius norm that is held.
+
+    Raises:
+        ValueError: When an adapter does not fit the space.
+    """
+    states, steps, kept = [torch.zeros(space.shape)], [0], [1.0]
+    for step, adapter in checkpoints:
+        if step > 0:
+            state = space.encode(adapter).state.float().cpu()
+            energy = sum(float(((b.T @ b) * (a @ a.T)).sum()) for a, b in adapter.values())
+            states.append(state)
+            steps.append(step)
+            kept.append(float(state.square().sum()) / energy if energy > 0 else 1.0)
     return Trajectory(
         states=torch.stack(states),
         optimizer_steps=torch.tensor(steps),

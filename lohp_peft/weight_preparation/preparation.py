@@ -99,7 +99,7 @@ def prepare_trajectories(
                     reports.append(report)
                     progress.advance(bar)
             if trajectories:
-                dataset.append(task.name, trajectories, metadata=_score_rows(chosen))
+                dataset.append(task.name, trajectories, metadata=chosen.score_rows())
     process.wait_for_everyone()
     reports = gather_object(reports)
     if process.is_main_process:
@@ -191,14 +191,6 @@ def _my_share(tasks: list[Task], process: Accelerator | PartialState) -> list[Ta
         return []
     with process.split_between_processes(tasks) as share:
         return list(share)
-
-
-def _score_rows(rows: TaskRows) -> dict[str, list[int]]:
-    """Positions in the split of the rows behind the scores, so that a later stage can score on the same ones."""
-    return {
-        "score_support_rows": rows.rows[rows.score.support].tolist(),
-        "score_query_rows": rows.rows[rows.score.query].tolist(),
-    }
 
 
 @contextmanager

@@ -48,6 +48,13 @@ class TaskRows:
     train: tuple[Tensor, ...]
     score: Batch
 
+    def score_rows(self) -> dict[str, list[int]]:
+        """Positions in the split of the rows behind the scores, so that a later stage can score on the same ones."""
+        return {
+            "score_support_rows": self.rows[self.score.support].tolist(),
+            "score_query_rows": self.rows[self.score.query].tolist(),
+        }
+
     def sample(self, config: WeightPreparationConfig, generator: torch.Generator) -> Batch:
         """A class-balanced minibatch of the rows to train on, halved into support and query."""
         classes = torch.randperm(len(self.train), generator=generator)[: config.classes_per_step]

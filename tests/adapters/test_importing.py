@@ -135,6 +135,21 @@ def test_damaged_folders(tmp_path, damage, message):
         read_plain_lora(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base weights"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
+    ],
+)
+def test_adapters_that_do_more_than_their_update_are_refused(tmp_path, fields, message):
+    save(tmp_path)
+    change_config(tmp_path, **fields)
+    with pytest.raises(ValueError, match=rf"is not all that the adapter .* does: .*{message}"):
+        read_plain_lora(tmp_path)
+
+
 def test_pickled_weights_are_not_read(tmp_path):
     save(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")

@@ -6,14 +6,18 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from lohp_peft.cli import evaluate as evaluate_verb
 from lohp_peft.cli import generate as generate_verb
 from lohp_peft.cli import resources
 from lohp_peft.cli.main import app, main
+from lohp_peft.trajectories import TrajectoryDataset
 
-VERBS = ("prepare", "train", "generate", "evaluate", "push", "env")
+VERBS = ("prepare", "import-checkpoints", "train", "generate", "evaluate", "push", "env")
 RESULTS = {
     "tasks": {
         "parcels": {
@@ -172,6 +176,74 @@ def test_prepare_then_train(base_folder, task_file, tmp_path):
     assert result.exit_code == 0, result.output
     assert list(json.loads(result.stdout)["provenance"]["training_tasks"]) == ["parcels"]
     assert (policy / "model.safetensors").exists()
+
+
+@pytest.fixture
+def checkpoints(base_folder, tmp_path):
+    """A run of two checkpoints, of a classifier around the base model."""
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    for step in (5, 10):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1 * step, generator=torch.Generator().manual_seed(step))
+        model.save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+    return tmp_path / "run"
+
+
+def test_import_checkpoints(base_folder, task_file, checkpoints, tmp_path):
+    out = tmp_path / "trajectories"
+    line = ["import-checkpoints", "--base-model", str(base_folder), "--run", f"{task_file}={checkpoints}"]
+    line += ["--output", str(out)]
+    scores = ["--split", "test", "--score-query-rows", "4", "--optimizer", "lion", "--min-gain", "0"]
+    result = run(*line, *scores, "--dry-run", "--r", "4", "--json")
+    assert result.exit_code == 0, result.output
+    (report,) = json.loads(result.stdout)["runs"]
+    assert report["energy_kept"] == pytest.approx([1, 1, 1], abs=1e-4)
+    assert not out.exists()
+
+    poor = run(*line, *scores, "--r", "1", "--min-energy", "0.999")
+    assert poor.exit_code == 2
+    assert "No run was imported: run (parcels): checkpoint-" in poor.stderr
+    assert not out.exists()
+
+    assert run("--debug", *line, *scores, "--space", "lora_b").exit_code == 0
+    dataset = TrajectoryDataset.open(out)
+    assert (dataset.space.kind, dataset.space.r, dataset.tasks()) == ("lora_b", 2, ["parcels"])
+    (trajectory,) = dataset
+    assert trajectory.optimizer == "lion"
+    assert trajectory.losses.isfinite().all()
+    again = run(*line)  # in the folder's space and with its scores
+    assert again.exit_code == 0, again.output
+    assert "before" in again.output
+    other = tmp_path / "other"
+    assert run(*line[:-1], str(other), *scores, "--space", f"trajectories:{out}", "--r", "2").exit_code == 2
+    assert run(*line[:-1], str(other), *scores, "--space", f"trajectories:{out}").exit_code == 0
+    assert TrajectoryDataset.open(other).space.kind == "lora_b"
+
+    policy = tmp_path / "policy"
+    train = ["train", "--base-model", str(base_folder), "--task", str(task_file), "--trajectories", str(out)]
+    train += ["--output", str(policy), "--cloning-steps", "1", "--training-steps", "0", "--policy-steps", "2"]
+    result = run("--debug", *train, "--hidden-size", "8", "--batch-size", "1", "--json")
+    assert result.exit_code == 0, result.output
+    assert (policy / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--run", "a.jsonl"], "`--run` takes TASK=FOLDER"),
+        (["--run", "missing.jsonl=runs"], "missing.jsonl"),
+        (["--space", "dense"], "must be one of ['core', 'lora_b'], got 'dense'"),
+        (["--space", "policy:"], "names a weight space"),
+        (["--score-shot", "4"], "did you mean `score_shots`?"),
+    ],
+)
+def test_import_mistakes(base_folder, task_file, checkpoints, tmp_path, extra, message):
+    line = ["import-checkpoints", "--base-model", str(base_folder), "--run", f"{task_file}={checkpoints}"]
+    result = run(*line, "--output", str(tmp_path / "out"), *extra)
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 @pytest.mark.parametrize(
