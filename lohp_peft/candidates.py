@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lohp_peft.fields import document_fields
 from lohp_peft.policy import LoHpPolicy, rollout
 from lohp_peft.tasks import (
     HEADS,
@@ -23,9 +24,12 @@ from lohp_peft.tasks import (
 from lohp_peft.tasks.encoder import EncodedTexts
 
 
+@document_fields
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How an adapter is generated.
+
+    Defaults are Ours, chosen on validation tasks: `DECISIONS.md`, *Choice of a candidate*.
 
     Raises:
         ValueError: Listing every value out of range.
