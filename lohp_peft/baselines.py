@@ -32,7 +32,7 @@ class AdamWBaseline:
         dtype: Autocast type of the forward passes, or `None` for the model's own.
 
     Raises:
-        ValueError: Listing every value out of range.
+        ValueError: When a value is out of range.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from lohp_peft.tasks.encoder import EncodedTexts
 class GenerationConfig:
     """How an adapter is generated.
 
-    Defaults are Ours, chosen on validation tasks: `DECISIONS.md`, *Choice of a candidate*.
+    Defaults are Ours; `DECISIONS.md` says which were compared, and with what.
 
     Raises:
         ValueError: Listing every value out of range.

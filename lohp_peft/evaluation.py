@@ -38,7 +38,7 @@ class EvaluationConfig:
     Defaults are Ours: those of the benchmarks.
 
     Raises:
-        ValueError: Listing every value out of range.
+        ValueError: When a value is out of range.
     """
 
     shots: int = field(default=16, metadata={"help": "support examples per class, drawn from split train"})

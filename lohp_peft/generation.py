@@ -39,7 +39,7 @@ class GenerationReport:
     Args:
         chosen: Name of the candidate, see `Candidate`.
         reason: Why, as a sentence.
-        abstained: Whether nothing of the policy is in the adapter.
+        abstained: Whether `none` or `mean` was chosen.
         candidates: All that were compared, with their scores.
         nearest_task: Training task whose texts lie nearest, where the policy has a reference set.
         nearest_adapter: Training task whose adapter lies nearest, for an adapter that changes something.

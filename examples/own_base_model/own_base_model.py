@@ -1,7 +1,7 @@
 """Look at a base model before a policy is learned for it: `python examples/own_base_model/own_base_model.py --base-model FOLDER`.
 
-Shows what would be adapted and what a policy and its recordings would weigh, and says why a policy fits or not. Without a
-folder it makes another base model out of one that is at hand: all-MiniLM's first layers.
+Shows what would be adapted and what an adapter would weigh, and says why a policy fits or not. Without a folder it makes
+another base model out of one that is at hand: all-MiniLM's first layers.
 """
 
 import argparse

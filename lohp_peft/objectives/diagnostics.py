@@ -22,7 +22,7 @@ def end_to_end_residuals(
 
     Args:
         log_pf: Shape (batch, time), in nats.
-        log_ref: Shape (batch, time), or `None` when it is part of `log_pf`.
+        log_ref: Shape (batch, time), or `None` if `log_pf` is already the log ratio.
         log_flow: Shape (batch, time + 1), in nats.
         lengths: Transitions of each segment, shape (batch,); all by default.
     """

@@ -18,7 +18,7 @@ def _field(default, help: str):
 class PolicyLearningConfig:
     """Settings of policy learning; the presets are `lohp` (the paper's ingredients), `lohp+path`, `behaviour_cloning`.
 
-    Defaults are Ours, chosen on validation tasks: `benchmarks/NOTES.md` and `DECISIONS.md` say against what.
+    Defaults are Ours; `benchmarks/NOTES.md` and `DECISIONS.md` say which were compared, and with what.
 
     Raises:
         ValueError: Listing every value out of range.

@@ -65,7 +65,7 @@ class ReplayBuffer:
         return [self.rollouts[int(i)] for i in order]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rollouts as tensors only, so that it can be saved without pickle."""
+        """The rollouts as tensors only, so that they can be saved without pickle."""
         tensors: dict[str, Tensor] = {}
         for i, item in enumerate(self.rollouts):
             parts = {"states": item.states, "losses": item.losses, "prefix": torch.tensor(item.prefix)}
