@@ -18,6 +18,7 @@ SUITES = {
     "latency": ("latency.py",),
     "warm_start": ("warm_start.py", "{work}/warm_start", "--processes", "2"),
     "scaling": ("scaling.py",),
+    "training_cost": ("training_cost.py",),
     "recorder": ("recorder/run.py",),
 }
 """By the name of the result file: the script and its arguments. `subtb/` and `shipped_policy/` have their own READMEs."""

@@ -46,8 +46,8 @@ SHAPES = {
 """Layers, and the linear layers of each."""
 
 
-def build(name: str, r: int, folder: str) -> None:
-    """Save a policy of random weights in a space of random bases."""
+def random_policy(name: str, r: int, **settings) -> LoHpPolicy:
+    """A policy of random weights in a space of random bases; `settings` are those of `LoHpPolicyConfig`."""
     layers, linear = SHAPES[name]
     specs = [
         {"name": f"layers.{i}.{kind}", "d_in": d_in, "d_out": d_out, "kind": kind.split(".")[-1], "layer": i}
@@ -69,10 +69,24 @@ def build(name: str, r: int, folder: str) -> None:
             state_shape=list(space.shape),
             embedding_size=next(iter(linear.values()))[0],
             module_features=2 * r,
+            **settings,
         )
     )
     policy.set_space(space)
-    policy.save_pretrained(folder)
+    return policy
+
+
+def random_features(policy: LoHpPolicy, tasks: int) -> TaskFeatures:
+    """Features of as many tasks, of the policy's shapes."""
+    (modules, _), r = policy.config.state_shape, policy.config.r
+    p, f = policy.config.principal_directions, policy.config.module_features
+    shapes = {"set": (2 * p,), "labels": (p + 6,), "modules": (modules, 2 * f), "moments": (modules, p, r + 1)}
+    return TaskFeatures(**{part: torch.randn(tasks, *shape) for part, shape in shapes.items()})
+
+
+def build(name: str, r: int, folder: str) -> None:
+    """Save a policy, to be loaded by another process."""
+    random_policy(name, r).save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -80,21 +94,18 @@ def measure(name: str, folder: str, tasks: int, repeats: int, threads: int) -> d
     """One shape: seconds for one task and for a batch of tasks, sizes and peak memory."""
     torch.set_num_threads(threads)
     policy = LoHpPolicy.from_pretrained(folder)
-    (modules, _), r = policy.config.state_shape, policy.config.r
-    p, f = policy.config.principal_directions, policy.config.module_features
-    shapes = {"set": (2 * p,), "labels": (p + 6,), "modules": (modules, 2 * f), "moments": (modules, p, r + 1)}
-    features = TaskFeatures(**{part: torch.randn(tasks, *shape) for part, shape in shapes.items()})
+    features = random_features(policy, tasks)
     times: dict[str, list[float]] = {"rollout": [], "factors": [], "batch": []}
     for repeat in range(repeats + 1):
         if repeat == 0:
-            before = _reset_peak()
+            before = reset_peak()
         start = time.perf_counter()
         state = rollout(policy, features[:1])[0, -1]
         middle = time.perf_counter()
         lora = policy.space.decode(state)
         end = time.perf_counter()
         if repeat == 0:  # later calls find the memory that this one gave back
-            peak = _peak() - before
+            peak = peak_bytes() - before
             size = sum(x.nbytes for pair in lora.values() for x in pair)
         del lora
         batch = time.perf_counter()
@@ -106,7 +117,7 @@ def measure(name: str, folder: str, tasks: int, repeats: int, threads: int) -> d
     seconds = {part: median(values) for part, values in times.items()}
     return {
         "shape": name,
-        "modules": modules,
+        "modules": policy.config.state_shape[0],
         "adapter_mb": size / 1e6,
         "policy_parameters": policy.num_parameters(),
         "rollout_s": seconds["rollout"],
@@ -116,16 +127,17 @@ def measure(name: str, folder: str, tasks: int, repeats: int, threads: int) -> d
     }
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Bytes resident now, from where on the peak counts; 0 where the system cannot tell."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return 0
-    return _peak()
+    return peak_bytes()
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
+    """Most bytes resident since `reset_peak`."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)

@@ -224,6 +224,48 @@ def scaling(result: Mapping[str, Any]) -> str:
     return f"{table(header, rows)}\n\n{note}"
 
 
+def training_cost(result: Mapping[str, Any]) -> str:
+    """One row a case: what is varied, and what a training step costs then."""
+    settings, base = result["settings"], result["settings"]["base"]
+    names = {"tasks": "recorded tasks", "policy_steps": "policy steps", "shape": "adapter"}
+    rows = [
+        (
+            f"{names[row['varied']]}: {row[row['varied']]}",
+            str(row["modules"] * row["rank"] ** 2),
+            f"{row['recordings_mb']:.0f}",
+            f"{1000 * row['step_s']:.0f}",
+            "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
+        )
+        for row in result["rows"]
+    ]
+    header = ("varied", "numbers in a state", "recordings, MB", "a training step, ms", "memory, MB")
+    note = (
+        f"The others are {base['tasks']} tasks with 4 runs each, {base['policy_steps']} policy steps, {base['shape']}. Preset `lohp`, "
+        f"median of {settings['steps'] - 1} training steps, {settings['threads']} threads, rank {settings['rank']}; features and rewards are free. "
+        f"{where(result)}"
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
+def ablations(result: Mapping[str, Any]) -> str:
+    """One row a variant; the first is what the others are compared with."""
+    settings, rows = result["settings"], []
+    for name, row in result["variants"].items():
+        less = row.get("loss_minus_first")
+        difference = f"{less['mean']:+.4f} [{less['low']:+.4f}, {less['high']:+.4f}]" if less else ""
+        cells = (f"{row['loss']:.4f}", difference, percent(row["accuracy"]), f"{row['sharpness']:.4f}")
+        rows.append((f"{name.replace('_', ' ')}: {row['about']}" if row["about"] else name.replace("_", " "), *cells))
+    header = ("variant", "loss", "minus the first [95 %]", "accuracy, %", "sharpness")
+    seeds = sorted({row["seeds"] for row in result["variants"].values()})
+    note = (
+        f"{settings['cloning_steps']} training steps of cloning and {settings['training_steps']} of the objective, "
+        f"{' or '.join(map(str, seeds))} training seed{'' if seeds == [1] else 's'}; {settings['episodes']} validation episodes, interval over "
+        f"them. Sharpness: what random perturbations of {settings['sharpness_radius']:g} times the adapter's length add to "
+        f"the loss. {where(result)}"
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
 def adamw(result: Mapping[str, Any]) -> str:
     """The grid on validation tasks."""
     rates, steps = ([*dict.fromkeys(key.split("/")[i] for key in result["accuracy"])] for i in (0, 1))
@@ -263,6 +305,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "latency_tasks": ("latency", latency_tasks),
     "warm_start": ("warm_start", warm_start),
     "scaling": ("scaling", scaling),
+    "training_cost": ("training_cost", training_cost),
+    "ablations": ("ablations", ablations),
     "adamw": ("adamw", adamw),
     "recorder": ("recorder", recorder),
     "subtb": ("subtb", subtb),

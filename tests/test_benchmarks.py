@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import toy
+from lohp_peft.adapters import AdapterLayout, CoreSpace
+from lohp_peft.tasks import TextEncoder
+from lohp_peft.weight_preparation import WeightPreparationConfig, prepare_trajectories
 
 BENCHMARKS = toy.ROOT / "benchmarks"
 METHODS = (
@@ -269,6 +272,50 @@ def test_scaling(scripts, tmp_path):
     (row,) = json.loads(file.read_text())["rows"]
     assert row["modules"] == 18
     assert row["adapter_mb"] == pytest.approx(4 * 16 * (4 * 2 * 384 + 2 * (384 + 1536)) * 3 / 1e6)
+
+
+@pytest.mark.slow
+def test_training_cost(scripts, tmp_path):
+    file = tmp_path / "result.json"
+    scripts("training_cost").main(["--most", "1", "--steps", "2", "--rank", "2", "--output", str(file)])
+    result = json.loads(file.read_text())
+    rows = {row["varied"]: row for row in result["rows"]}
+    assert rows["tasks"]["runs"] == 4 * 16
+    assert rows["policy_steps"]["recordings_mb"] == pytest.approx(
+        4 * 64 * 4 * 3 * 18 * 2**2 / 1e6
+    )  # 3 states of 18 cores
+    assert all(row["step_s"] > 0 for row in rows.values())
+    assert "adapter: MiniLM, 3 layers" in scripts("tables").training_cost(result)
+    assert file.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
+def test_ablations(compare, scripts, subject, tmp_path, capsys):
+    """Every variant; what is there is not trained again."""
+    suite, ablations = scripts("text_suite"), scripts("ablations")
+    tasks = suite.training_tasks()
+    model, tokenizer = scripts("setting").load_base_model(subject[3])
+    layout = AdapterLayout.from_model(model, ["query", "value"])
+    encoder = TextEncoder(model, tokenizer, CoreSpace.from_base_weights(model, layout, 2))
+    config = WeightPreparationConfig(
+        optimizers=("adamw", "sam"), optimizer_steps=6, record_every=1, score_query_rows=4
+    )
+    prepare_trajectories(tasks, encoder, tmp_path / "trajectories", config)
+    line = [str(tmp_path / "work"), "--trajectories", str(tmp_path / "trajectories"), "--base-model", subject[3]]
+    line += ["--cloning-steps", "2", "--training-steps", "2", "--rows-per-task", "20", "--episodes", "2"]
+    ablations.main([*line, "--output", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result["variants"]) == list(ablations.VARIANTS)
+    first, *others = result["variants"].values()
+    assert all(row["loss_minus_first"]["mean"] == pytest.approx(row["loss"] - first["loss"]) for row in others)
+    assert "lambda 2" in scripts("tables").ablations(result)
+    capsys.readouterr()
+    (tmp_path / "work" / "cells" / "off_policy-0.json").unlink()
+    ablations.main([*line, "--output", str(tmp_path / "again.json")])
+    assert capsys.readouterr().out.startswith("off_policy-0 ")
+    assert json.loads((tmp_path / "again.json").read_text())["variants"]["off_policy"]["loss"] == pytest.approx(
+        result["variants"]["off_policy"]["loss"]
+    )
 
 
 def test_bootstrap_interval(scripts):
