@@ -30,6 +30,9 @@ class AdamWBaseline:
         init: `"default"`, or `"eva"`: A along the leading directions of the modules' inputs on the support set
             (Known: 2410.07170), all modules at the same rank.
         dtype: Autocast type of the forward passes, or `None` for the model's own.
+
+    Raises:
+        ValueError: When a value is out of range.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class AdamWBaseline:
         checkpoints: tuple[int, ...] = (),
         start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> list[tuple[TextEncoder, Head]]:
-        """Train on a support set; returns the adapted encoder and its head.
+        """Train on a support set.
 
         Args:
             support: The examples.
@@ -67,6 +70,9 @@ class AdamWBaseline:
                 the start.
             start: Adapter to start from in the place of `init`, by module name `lora_A` (r, d_in) and `lora_B` (d_out, r)
                 with scaling 1, such as `GeneratedAdapter.lora`.
+
+        Returns:
+            The adapted encoder and its head, at every checkpoint and at the end.
 
         Raises:
             ValueError: When `start` is of other modules or of another rank than the policy's.

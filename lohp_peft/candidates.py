@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lohp_peft.fields import document_fields
 from lohp_peft.policy import LoHpPolicy, rollout
 from lohp_peft.tasks import (
     HEADS,
@@ -27,9 +28,12 @@ from lohp_peft.tasks.encoder import EncodedTexts
 TOO_FEW_FOR_STEPS = "Gradient steps need two classes of four examples."
 
 
+@document_fields
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How an adapter is generated.
+
+    Defaults are Ours; `DECISIONS.md` says which were compared, and with what.
 
     Raises:
         ValueError: Listing every value out of range.

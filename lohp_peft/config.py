@@ -53,6 +53,10 @@ class LoHpConfig(LoraConfig):
             Seed of generations.
         init_weights (`bool`):
             `False` starts from random weights that change the output and generates nothing at injection, for tests.
+
+    Raises:
+        TypeError: When what is saved as a string is something else.
+        ValueError: Listing every value out of range, and settings that need a policy without one.
     """
 
     policy: str | None = field(

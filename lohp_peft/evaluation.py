@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from lohp_peft.baselines import AdamWBaseline
+from lohp_peft.fields import document_fields
 from lohp_peft.generation import GenerationConfig, encoder_for, generate_adapters
 from lohp_peft.policy import LoHpPolicy, rollout
 from lohp_peft.tasks import Examples, Head, Task, TaskFeatures, TextEncoder, draw, solve_head, task_features
@@ -29,9 +30,16 @@ METHODS = (
 )
 
 
+@document_fields
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured."""
+    """What is measured.
+
+    Defaults are Ours: those of the benchmarks.
+
+    Raises:
+        ValueError: When a value is out of range.
+    """
 
     shots: int = field(default=16, metadata={"help": "support examples per class, drawn from split train"})
     draws: int = field(default=3, metadata={"help": "support sets per task"})

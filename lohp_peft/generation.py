@@ -34,7 +34,24 @@ NAMED_OTHERWISE = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """What was generated, why, and what it cost; no texts."""
+    """What was generated, why, and what it cost; no texts.
+
+    Args:
+        chosen: Name of the candidate, see `Candidate`.
+        reason: Why, as a sentence.
+        abstained: Whether `none` or `mean` was chosen.
+        candidates: All that were compared, with their scores.
+        nearest_task: Training task whose texts lie nearest, where the policy has a reference set.
+        nearest_adapter: Training task whose adapter lies nearest, for an adapter that changes something.
+        nearest_adapter_distance: Relative Frobenius distance to it.
+        support: Number of examples by label.
+        truncated_texts: Number of texts that were longer than the policy reads.
+        policy_steps: Policy steps taken.
+        seconds: From examples to adapter and head, the share of this task of a batch.
+        bytes: Size of the LoRA.
+        policy: Name, preset, base model and its fingerprint, pooling and maximum length.
+        config: The settings.
+    """
 
     chosen: str
     reason: str
@@ -52,7 +69,7 @@ class GenerationReport:
     config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The report as plain values."""
         return asdict(self)
 
 
@@ -209,6 +226,12 @@ def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed
 def read_support(support: Support) -> Examples:
     """Check a support set.
 
+    Args:
+        support: `Examples`, a `datasets.Dataset`, or rows `{text[, text_b], label}`.
+
+    Returns:
+        The examples.
+
     Raises:
         ValueError: When it is empty, malformed, or has fewer than two classes with examples.
     """
@@ -230,7 +253,21 @@ def generate_adapter(
     support: Support,
     config: GenerationConfig | None = None,
 ) -> GeneratedAdapter:
-    """Generate the adapter of one task, forward-only; see `generate_adapters`."""
+    """Generate the adapter of one task, forward-only.
+
+    Args:
+        policy: The policy.
+        base_model: Its base model, with or without a PEFT wrapper.
+        tokenizer: Its tokenizer.
+        support: `Examples`, a `datasets.Dataset`, or rows `{text[, text_b], label}`.
+        config: Settings.
+
+    Returns:
+        The adapter with its head and report, see `generate_adapters`.
+
+    Raises:
+        ValueError: See `generate_adapters`.
+    """
     return generate_adapters(policy, base_model, tokenizer, [support], config)[0]
 
 

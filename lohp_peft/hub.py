@@ -18,6 +18,16 @@ from lohp_peft.adapters import base_model_fingerprint
 from lohp_peft.cards import is_hub_id, write_adapter_card, write_policy_card, write_trajectory_card
 from lohp_peft.files import read_json
 
+__all__ = [
+    "PushReport",
+    "check_fingerprint",
+    "check_folder",
+    "find_policy",
+    "find_trajectories",
+    "pull_folder",
+    "push_folder",
+]
+
 SAFE_SUFFIXES = (".json", ".md", ".safetensors")
 SAFE_NAMES = ("LICENSE",)
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
@@ -61,7 +71,7 @@ class PushReport:
 
 
 def check_folder(folder: str | os.PathLike) -> tuple[str, dict[str, int]]:
-    """Check that a folder is an adapter, a policy or a trajectory data set and holds nothing else.
+    """Check that `folder` is an adapter, a policy or a trajectory data set and holds nothing else.
 
     Folders named `checkpoint` or `checkpoint-<number>`, the state for resuming a run, `.lock` and `.cache` are left out.
 
@@ -129,6 +139,9 @@ def push_folder(
         license: Licence identifier of the Hub, for a card that is written.
         token: Access token; the stored login by default.
         dry_run: Only check and report; nothing is written or sent.
+
+    Returns:
+        What was, or would be, uploaded.
 
     Raises:
         ValueError: See `check_folder`; also when `repo_id` is not spelled `owner/name`, or the Hub finds the card's
@@ -224,7 +237,7 @@ def pull_folder(
 
 
 def check_fingerprint(folder: str | os.PathLike, base_model: nn.Module) -> None:
-    """Make sure that an adapter, a policy or trajectories were made for a base model.
+    """Make sure that what `folder` holds, an adapter, a policy or trajectories, was made for `base_model`.
 
     Raises:
         ValueError: When the folder records no fingerprint, or that of another base model, naming both sides.

@@ -178,7 +178,7 @@ class LoHpModel(LoraModel):
         return report
 
     def adapter_head(self, adapter_name: str | None = None) -> Any:
-        """The closed-form head on pooled embeddings that was solved with an adapter, or `None`."""
+        """The closed-form head on pooled embeddings solved with `adapter_name` (the active one by default), or `None`."""
         from lohp_peft.generation import Head
 
         record = generation_record(self.peft_config[self._one_adapter(adapter_name)])
@@ -240,7 +240,7 @@ def initialize_lohp_weights(
 
 
 def to_plain_lora(peft_model: PeftModel) -> PeftModel:
-    """Turn a LOHP model into a LoRA model in place: other LoRA adapters can then be loaded beside its own.
+    """The same `peft_model`, turned from LOHP into LoRA in place: other LoRA adapters can then be loaded beside its own.
 
     Raises:
         TypeError: When it is no LOHP model.

@@ -22,6 +22,7 @@ PEFT_METHOD = {"config", "model", "registration"}
 ALLOWED = {
     "objectives": set(),
     "files": set(),
+    "fields": set(),
     "adapters": set(),
     "cards": set(),
     "hub": {"adapters", "cards"},
@@ -94,7 +95,9 @@ def test_import_direction(path):
         elif not target or not ((PACKAGE / target).is_dir() or (PACKAGE / f"{target}.py").exists()):
             allowed = False  # the package's own public interface sits above everything
         else:
-            allowed = target in (part, "files") or bool({target, ".".join(rest.split(".")[:2])} & ALLOWED[part])
+            allowed = target in (part, "files", "fields") or bool(
+                {target, ".".join(rest.split(".")[:2])} & ALLOWED[part]
+            )
         if not allowed:
             offenders.append(f"line {line}: {name}")
     assert not offenders, f"{part} may import only {sorted(ALLOWED.get(part, []))}: {offenders}"

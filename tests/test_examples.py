@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import toy
+from lohp_peft.tasks import Task
 from lohp_peft.trajectories import TrajectoryDataset
 
 EXAMPLES = toy.ROOT / "examples"
+SCALING = toy.ROOT / "benchmarks" / "results" / "scaling.json"
 pytestmark = pytest.mark.slow
 
 
@@ -75,7 +80,77 @@ def test_record_your_own_runs(base_model, tmp_path, capsys):
     assert "Share of the last run's update" in capsys.readouterr().out
 
 
+def test_lohp_finetuning(quickstart, base_model, tmp_path):
+    example = toy.load_script("examples/lohp_finetuning/lohp_finetuning.py")
+    line = ["--base_model", str(base_model), "--data_path", str(EXAMPLES / "tasks" / "coffee_reviews.jsonl")]
+    line += ["--shots", "4", "--output_dir", str(tmp_path), "--policy", str(quickstart / "policy")]
+    (before,) = example.main(line)
+    same, after = example.main([*line, "--max_steps", "2", "--eval_step", "2", "--learning_rate", "0.1"])
+    assert same == before != after
+    model = AutoModelForSequenceClassification.from_pretrained(base_model, num_labels=2)
+    model = PeftModel.from_pretrained(model, tmp_path)
+    assert model.peft_config["default"].peft_type == "LORA"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    test = Task.from_jsonl(EXAMPLES / "tasks" / "coffee_reviews.jsonl").split("test")
+    with torch.no_grad():
+        logits = model.eval()(**tokenizer(list(test.texts), padding=True, return_tensors="pt")).logits
+    assert float((logits.argmax(-1) == test.targets).float().mean()) == pytest.approx(after)
+    (into_lora_config,) = example.main([*line, "--use_lora_config"])
+    assert into_lora_config == before
+    example.main([*line, "--use_lora", "--output_dir", str(tmp_path / "lora")])
+    assert (tmp_path / "lohp_provenance.json").exists()
+    assert not (tmp_path / "lora" / "lohp_provenance.json").exists()
+
+
+def test_own_tasks(quickstart, base_model, tmp_path, capsys):
+    example = toy.load_script("examples/own_tasks/own_tasks.py")
+    line = ["--base-model", str(base_model), "--policy", str(quickstart / "policy"), "--output", str(tmp_path)]
+    example.main([*line, "--shots", "4", "--draws", "1", "--test-share", "0.25"])
+    task = Task.from_jsonl(tmp_path / "garden_questions.jsonl")
+    assert [task.split(name).labels.count(0) for name in ("train", "test")] == [12, 4]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("shuffled labels", "wrong task", "over no adapter"))
+
+
+def test_own_base_model(quickstart, base_model, tmp_path, capsys):
+    example = toy.load_script("examples/own_base_model/own_base_model.py")
+    line = ["--base-model", str(base_model), "--r", "4", "--target-modules", "query", "value", "--layers", "1"]
+    example.main(line)
+    shown = capsys.readouterr().out
+    assert "is not for it" in shown
+    assert "writes 32 numbers" in " ".join(shown.split())  # two modules, 4 x 4 each
+    example.main([*line, "--policy", str(quickstart / "policy")])
+    assert "is this base model's" in " ".join(capsys.readouterr().out.split())
+
+
+def test_large_models(tmp_path, capsys):
+    example = toy.load_script("examples/large_models/large_models.py")
+    example.main(["--optimizer-steps", "4", "--training-steps", "2", "--hidden-size", "32", "--output", str(tmp_path)])
+    capsys.readouterr()
+    policy = json.loads((tmp_path / "policy" / "config.json").read_text())
+    assert policy["pooling"] == "last"
+    config = example.llama_config(4096, 14336, 32, 32, 8, vocab_size=128256)
+    sizes = example.costs(config, 16, [*example.TARGETS, "gate_proj", "up_proj", "down_proj"])
+    (row,) = [r for r in json.loads(SCALING.read_text())["rows"] if r["shape"] == "Llama-3-8B"]
+    assert sizes["generated adapter, float32"] == pytest.approx(row["adapter_mb"])
+    assert sizes["base model, bfloat16"] == pytest.approx(2 * 7505, rel=0.01)  # without the head's 0.5 billion
+
+
+def test_serve(quickstart, base_model, tmp_path, capsys):
+    example = toy.load_script("examples/serve/serve.py")
+    line = ["--base-model", str(base_model), "--policy", str(quickstart / "policy"), "--output", str(tmp_path)]
+    answers = example.main([*line, "--shots", "4", "--tasks", "coffee_reviews", "library_intents"])
+    ((_, labels),) = answers.items()
+    assert [label.split(":")[0] for label in labels] == ["coffee_reviews", "library_intents"]
+    apart = re.findall(r"from the mixed batch (\S+)", capsys.readouterr().out)
+    assert len(apart) == 2
+    assert max(map(float, apart)) < 1e-5
+    assert not (tmp_path / "coffee_reviews" / "head.safetensors").exists()
+
+
 def test_every_example_is_described():
-    """The table of examples/README.md has a row for every script, and for nothing else."""
-    listed = re.findall(r"^\| \[`([\w.]+)`\]", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(listed) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+    """The table of examples/README.md has a row for every script and every how-to, and for nothing else."""
+    listed = re.findall(r"^\| \[`([\w./]+)`\]", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    scripts = [path.name for path in EXAMPLES.glob("*.py")]
+    assert sorted(listed) == sorted([*scripts, *{f"{path.parent.name}/" for path in EXAMPLES.glob("*/*.py")}])

@@ -1,10 +1,13 @@
-"""Every block of README.md is executed or checked.
+"""Every block of README.md, and of the how-tos under examples/, is executed or checked.
 
-Python blocks run in their order, in one namespace and an empty folder. An HTML comment that opens with `setup` runs
-before the block that follows it, to put small stand-ins in place; `<!-- no-run -->` directly above a block exempts it.
-Shell blocks are not run: their `lohp-peft` lines go through the parser of the command line, other commands must exist.
+Python blocks run in their order, in one namespace and a folder that holds nothing but the examples. An HTML comment that
+opens with `setup` runs before the block that follows it, to put small stand-ins in place. Commands of shell blocks are
+checked: `lohp-peft` lines go through the parser of the command line, other commands must exist. `<!-- run -->` directly
+above a shell block also executes them, in order with the Python blocks; `<!-- no-run -->` exempts a block from all of it.
+The Hub is a server on this machine.
 """
 
+import argparse
 import re
 import shlex
 from dataclasses import dataclass
@@ -12,14 +15,18 @@ from pathlib import Path
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
+import toy
+from hub.conftest import hub  # noqa: F401 - a fixture
 from lohp_peft.cli.main import app
 from lohp_peft.cli.overrides import read_config
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+HOW_TOS = sorted((ROOT / "examples").glob("*/README.md"))
 BLOCK = re.compile(
-    r"(?P<exempt><!--\s*no-run\s*-->\s*\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```|^<!--\s*setup\n(?P<setup>.*?)-->",
+    r"(?:<!--\s*(?P<directive>no-run|run)\s*-->\s*\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```|^<!--\s*setup\n(?P<setup>.*?)-->",
     re.DOTALL | re.MULTILINE,
 )
 HARMLESS = {"cd", "git", "export", "ls", "cat", "source"}
@@ -30,6 +37,7 @@ class Block:
     language: str
     code: str
     line: int
+    run: bool = False
 
 
 def blocks_of(text: str) -> list[Block]:
@@ -38,17 +46,31 @@ def blocks_of(text: str) -> list[Block]:
     for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("code" if match["code"] is not None else "setup"))
         if match["setup"] is not None:
-            found.append(Block("python", match["setup"], line))
-        elif not match["exempt"]:
-            found.append(Block(match["language"], match["code"], line))
+            found.append(Block("python", match["setup"], line, run=True))
+        elif match["directive"] != "no-run":
+            run = match["language"] == "python" or match["directive"] == "run"
+            found.append(Block(match["language"], match["code"], line, run))
     return found
 
 
-def run_python(blocks: list[Block], file: str = "README.md") -> None:
+def run(blocks: list[Block], file: str = "README.md") -> None:
     namespace = {"__name__": "readme"}
     for block in blocks:
-        if block.language == "python":
+        if block.run and block.language == "python":
             exec(compile("\n" * block.line + block.code, file, "exec"), namespace)
+        elif block.run:
+            for words in commands_of(block.code):
+                run_command(words)
+
+
+def run_command(words: list[str]) -> None:
+    """Execute a verb of the command line or an example, in this process."""
+    if words[0] == "lohp-peft":
+        result = CliRunner().invoke(app, words[1:])
+        assert result.exit_code == 0, f"{words}: {result.output}"
+    else:
+        assert words[0] == "python", f"only lohp-peft and python are executed: {words}"
+        toy.load_script(words[1]).main(words[2:])
 
 
 def commands_of(code: str) -> list[list[str]]:
@@ -98,32 +120,75 @@ def check_command(words: list[str]) -> None:
         script = arguments[0]
         path = script if script != "-m" else arguments[1].replace(".", "/") + ".py"
         assert (ROOT / path).exists() or (ROOT / path).with_suffix("").is_dir(), f"no such file: {words}"
+        if Path(path).parts[:-2] == ("examples",):
+            check_options(path, arguments[1:])
     else:
         assert program in HARMLESS, f"a command the test does not know: {words}"
 
 
-def test_python_blocks(tmp_path, monkeypatch):
+def check_options(script: str, arguments: list[str]) -> None:
+    """Parse a command line of an example with its own parser, without running it."""
+
+    class Parsed(Exception):
+        pass
+
+    def parse(parser, given=None):
+        original(parser, given)
+        raise Parsed
+
+    original = argparse.ArgumentParser.parse_args
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        try:
+            with pytest.raises(Parsed):
+                toy.load_script(script).main(arguments)
+        except SystemExit:
+            raise AssertionError(f"{script} does not know {arguments}") from None
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("readme", [README, *HOW_TOS], ids=named)
+def test_blocks_run(readme, tmp_path, monkeypatch, hub):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    blocks = blocks_of(README.read_text(encoding="utf-8"))
-    assert any(block.language == "python" for block in blocks)
-    run_python(blocks)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    run(blocks_of(readme.read_text(encoding="utf-8")), named(readme))
 
 
-def test_shell_blocks():
-    blocks = [block for block in blocks_of(README.read_text(encoding="utf-8")) if block.language in ("bash", "sh")]
-    assert blocks
-    for block in blocks:
-        for words in commands_of(block.code):
+@pytest.mark.parametrize("readme", [README, *HOW_TOS], ids=named)
+def test_shell_blocks(readme):
+    for block in blocks_of(readme.read_text(encoding="utf-8")):
+        for words in commands_of(block.code) if block.language in ("bash", "sh") else ():
             check_command(words)
 
 
-def test_links_and_tree():
-    """Relative links of the README lead somewhere."""
-    text = README.read_text(encoding="utf-8")
-    targets = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text)
-    missing = [target for target in targets if not (ROOT / target).exists()]
-    assert not missing
+def anchors_of(text: str) -> set[str]:
+    """The anchors of the headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("readme", [README, ROOT / "examples" / "README.md", *HOW_TOS], ids=named)
+def test_links(readme):
+    """Relative links and anchors lead somewhere."""
+    text = readme.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        file = readme.parent / target if target else readme
+        assert file.exists(), f"{target} leads nowhere"
+        assert not anchor or anchor in anchors_of(file.read_text(encoding="utf-8")), f"{target} has no #{anchor}"
+
+
+def test_every_how_to_has_something_to_run():
+    """A how-to is a folder with a README that is executed and one script, which it names."""
+    scripts = {path.parent: path for path in (ROOT / "examples").glob("*/*.py")}
+    assert len(scripts) > 5
+    for folder, script in scripts.items():
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert any(block.run for block in blocks_of(text)), folder
+        assert script.name in text
 
 
 SAMPLE = """
@@ -137,6 +202,10 @@ value += 1
 ```python
 raise RuntimeError
 ```
+<!-- run -->
+```bash
+lohp-peft env --json
+```
 ```bash
 # a comment
 lohp-peft evaluate --base-model minilm \\
@@ -148,8 +217,9 @@ X=1 make test && pip install "lohp-peft[minilm]"
 
 def test_the_reader_itself():
     blocks = blocks_of(SAMPLE)
-    assert [(block.language, block.line) for block in blocks] == [("python", 2), ("python", 5), ("bash", 12)]
-    run_python(blocks)
+    assert [(b.language, b.line) for b in blocks] == [("python", 2), ("python", 5), ("bash", 13), ("bash", 16)]
+    assert [block.run for block in blocks] == [True, True, True, False]
+    run(blocks)
     words = commands_of(blocks[-1].code)
     assert words[0] == ["lohp-peft", "evaluate", "--base-model", "minilm", "--task", "a.jsonl", "--shots", "4"]
     assert words[1:] == [["make", "test"], ["pip", "install", "lohp-peft[minilm]"]]
@@ -167,9 +237,16 @@ def test_the_reader_itself():
         "make coffee",
         "pip install lohp-peft[nothing]",
         "python examples/nothing.py",
+        "python examples/serve/serve.py --no-such-option 1",
         "rm -rf data",
     ],
 )
 def test_the_reader_refuses(line):
     with pytest.raises(Exception):  # noqa: B017, PT011 - typer's own and assertion errors
         check_command(commands_of(line)[0])
+
+
+@pytest.mark.parametrize("line", ["make test", "lohp-peft push nothing me/nothing", "lohp-peft dance"])
+def test_a_command_that_fails_is_noticed(line):
+    with pytest.raises(AssertionError):
+        run_command(commands_of(line)[0])

@@ -11,7 +11,7 @@ from lohp_peft.adapters.space import WeightSpace
 
 @contextmanager
 def injected(model: nn.Module, space: WeightSpace, states: Tensor, owner: Tensor | None = None) -> Iterator[None]:
-    """Add the updates of `states` to the outputs of the target modules while the context is open.
+    """A context in which the updates of `states` are added to the outputs of the target modules.
 
     Args:
         model: A base model, or a `PeftModel` around it.

@@ -39,7 +39,11 @@ class ModuleSpec:
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """The ordered target modules of an adapter."""
+    """The ordered target modules of an adapter.
+
+    Args:
+        modules: At least one, with different names.
+    """
 
     modules: tuple[ModuleSpec, ...]
 
@@ -54,6 +58,11 @@ class AdapterLayout:
 
         Layers are told by the first number in a module's name. (PEFT's own `layers_to_transform` finds none in a decoder
         without its head, whose modules are named `layers.0...`.)
+
+        Args:
+            model: A base model, or a `PeftModel` around it.
+            target_modules: Names as in `LoraConfig`.
+            layers_to_transform: Layers to adapt; all by default.
 
         Raises:
             ValueError: When nothing matches, or a matched module is neither `nn.Linear` nor `Conv1D`.
@@ -93,7 +102,10 @@ class AdapterLayout:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "AdapterLayout":
-        """Inverse of `to_dict`.
+        """The inverse of `to_dict`.
+
+        Args:
+            data: What `to_dict` gave.
 
         Raises:
             ValueError: When `data` is no layout, listing every module that is not described as `to_dict` does or is
@@ -114,12 +126,15 @@ class AdapterLayout:
         return cls(specs)
 
     def fingerprint(self) -> str:
-        """SHA-256 of names and shapes."""
+        """The SHA-256 of names and shapes."""
         text = json.dumps([[s.name, s.d_in, s.d_out] for s in self.modules])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise unless every module is in `model` with its shape.
+
+        Args:
+            model: A base model, or a `PeftModel` around it.
 
         Raises:
             ValueError: Listing every module that differs, with both shapes as (d_out, d_in).
@@ -173,9 +188,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def base_model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and a strided sample of the base weights; adapter weights are ignored.
+    """The SHA-256 over names, shapes and a strided sample of the base weights; adapter weights are ignored.
 
     Stable across saving and loading; cheap (at most 64 values a tensor).
+
+    Args:
+        model: A base model, with or without adapters.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_base_parameters(base_of(model)).items()):

@@ -38,6 +38,9 @@ class WeightSpace(ABC):
     Args:
         layout: Target modules.
         r: Rank of decoded adapters.
+
+    Raises:
+        ValueError: When the rank is not from 1 to the smallest side of a module, naming all that are too small.
     """
 
     kind: str
@@ -65,11 +68,19 @@ class WeightSpace(ABC):
 
     @abstractmethod
     def input_basis(self, index: int) -> Tensor:
-        """Orthonormal input directions of a module, shape (d_in, r)."""
+        """The orthonormal input directions of a module, shape (d_in, r).
+
+        Args:
+            index: Place of the module in the layout.
+        """
 
     @abstractmethod
     def output_basis(self, index: int) -> Tensor | None:
-        """Orthonormal output directions of a module, shape (d_out, r), or `None` when all of the output is free."""
+        """The orthonormal output directions of a module, shape (d_out, r), or `None` when all of the output is free.
+
+        Args:
+            index: Place of the module in the layout.
+        """
 
     @abstractmethod
     def to_tensors(self) -> dict[str, Tensor]:
@@ -82,6 +93,9 @@ class WeightSpace(ABC):
 
     def encode(self, adapter: Adapter) -> EncodedAdapter:
         """Project an adapter of any rank onto the space; modules it lacks are zero.
+
+        Args:
+            adapter: By module name `lora_A` (rank, d_in) and `lora_B` (d_out, rank), scaling 1.
 
         Returns:
             The state, float32 (float64 when the adapter is), and how much of each update it holds.
@@ -117,7 +131,12 @@ class WeightSpace(ABC):
         return EncodedAdapter(state, kept)
 
     def decode(self, state: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """`lora_A` and `lora_B` of every module with `B @ A` the exact update (scaling 1, so `lora_alpha == r`).
+        """The `lora_A` (r, d_in) and `lora_B` (d_out, r) of every module, with `B @ A` the exact update.
+
+        The scaling is 1, so `lora_alpha == r`.
+
+        Args:
+            state: Shape (modules, width).
 
         Raises:
             ValueError: When the state's shape is not (modules, width).
@@ -132,7 +151,11 @@ class WeightSpace(ABC):
         return adapter
 
     def delta_weight(self, state: Tensor) -> dict[str, Tensor]:
-        """The update of every module, shape (d_out, d_in)."""
+        """The update of every module, shape (d_out, d_in).
+
+        Args:
+            state: Shape (modules, width).
+        """
         return {name: b @ a for name, (a, b) in self.decode(state).items()}
 
     def apply(self, index: int, x: Tensor, states: Tensor, owner: Tensor | None = None) -> Tensor:
@@ -170,6 +193,15 @@ class WeightSpace(ABC):
     @staticmethod
     def from_tensors(layout: AdapterLayout, kind: str, r: int, tensors: Mapping[str, Tensor]) -> "WeightSpace":
         """Rebuild a space from `to_tensors`.
+
+        Args:
+            layout: Layout of the modules.
+            kind: `"core"` or `"lora_b"`.
+            r: Rank.
+            tensors: What `to_tensors` gave.
+
+        Returns:
+            The same space.
 
         Raises:
             ValueError: On an unknown kind, or bases that are missing or of the wrong shape, listing all.
@@ -242,7 +274,13 @@ class CoreSpace(WeightSpace):
 
     @classmethod
     def from_base_weights(cls, model: nn.Module, layout: AdapterLayout, r: int) -> "CoreSpace":
-        """Bases from the leading singular vectors of the base weights (Known: 2404.02948, PiSSA's subspace)."""
+        """The space of bases from the leading singular vectors of the base weights (Known: 2404.02948, PiSSA's subspace).
+
+        Args:
+            model: The base model.
+            layout: Target modules.
+            r: Rank, at most the smaller side of every module.
+        """
         layout.check_fits(model)
         inputs, outputs = [], []
         for spec in layout.modules:
@@ -258,9 +296,14 @@ class CoreSpace(WeightSpace):
 
     @classmethod
     def from_trajectories(cls, layout: AdapterLayout, r: int, adapters: Iterable[Adapter]) -> "CoreSpace":
-        """Bases from recorded updates: leading directions of the sums of ΔW^T ΔW and ΔW ΔW^T, a joint SVD.
+        """The space of bases from recorded updates: leading directions of the sums of ΔW^T ΔW and ΔW ΔW^T, a joint SVD.
 
         Each adapter counts by its energy share, so that long runs do not drown short ones (Ours).
+
+        Args:
+            layout: Target modules.
+            r: Rank.
+            adapters: By module name `lora_A` (rank, d_in) and `lora_B` (d_out, rank), of any rank; read once.
 
         Raises:
             ValueError: When there is no adapter, or a module has no update in any.
@@ -341,7 +384,13 @@ class LoraBSpace(WeightSpace):
 
     @classmethod
     def seeded(cls, layout: AdapterLayout, r: int, seed: int = 0) -> "LoraBSpace":
-        """Random orthonormal rows of A, the same for everybody with the same seed."""
+        """The space of random orthonormal rows of A, the same for everybody with the same seed.
+
+        Args:
+            layout: Target modules.
+            r: Rank.
+            seed: Seed of the rows.
+        """
         generator = torch.Generator().manual_seed(seed)
         draws = [torch.randn(s.d_in, r, generator=generator, dtype=torch.float64) for s in layout.modules]
         return cls(layout, r, [torch.linalg.qr(draw)[0].float().contiguous() for draw in draws])

@@ -57,6 +57,9 @@ def adapter_card(
 
     Returns:
         The card in Markdown, with its metadata block.
+
+    Raises:
+        ValueError: When the provenance has labels that are no list, or a pooling that is unknown.
     """
     provenance = dict(provenance or {})
     base = config.get("base_model_name_or_path")

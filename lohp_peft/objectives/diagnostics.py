@@ -14,11 +14,17 @@ def end_to_end_residuals(
     log_flow: Float[Tensor, "batch states"],
     lengths: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, " batch"]:
-    """Residual `u_n - u_0` from the first to the last state of each segment, in nats, without gradient.
+    """The residual `u_n - u_0` from the first to the last state of each segment, in nats, without gradient.
 
     Its negative is the log importance weight of the segment, `log F(s_n) P_B / (P_F F(s_0))`. Arguments are those of
     `sub_trajectory_balance_loss`; means of a few nats are healthy. A positive mean on recordings says that they are more
     likely under the policy than the flows justify, so that balance will push them down: the temperature is too large.
+
+    Args:
+        log_pf: Shape (batch, time), in nats.
+        log_ref: Shape (batch, time), or `None` if `log_pf` is already the log ratio.
+        log_flow: Shape (batch, time + 1), in nats.
+        lengths: Transitions of each segment, shape (batch,); all by default.
     """
     potentials = sub_trajectory_potentials(log_pf, log_ref, log_flow)
     if lengths is None:

@@ -52,6 +52,9 @@ class BackwardReference:
             min_relative_sigma: Floor of sigma, in units of its root mean square over the modules of the step (Ours:
                 a module that never moved in the recordings must not forbid moving).
 
+        Returns:
+            The reference, one contraction and sigma for every step and module.
+
         Raises:
             ValueError: If there is no transition or a state is not finite.
         """
@@ -96,7 +99,11 @@ class BackwardReference:
         return log_prob.masked_fill(point_mass, 0.0)
 
     def to(self, device: torch.device | str) -> "BackwardReference":
-        """The same reference on another device."""
+        """The same reference on another device.
+
+        Args:
+            device: The device.
+        """
         return type(self)(**{name: tensor.to(device) for name, tensor in self.to_tensors().items()})
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -105,5 +112,12 @@ class BackwardReference:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "BackwardReference":
-        """Restore what `to_tensors` gave."""
+        """Restore what `to_tensors` gave.
+
+        Args:
+            tensors: Its tensors by name.
+
+        Returns:
+            The same reference.
+        """
         return cls(**tensors)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def calibrate_temperature(final_losses: Float[Tensor, "tasks rollouts"], kl_target: float = 3.0) -> float:
-    """Temperature for the relative form, from rollouts of the reference policy.
+    """The temperature for the relative form, from rollouts of the reference policy.
 
     Tilting the reference by `exp(-loss / T)` costs `KL ≈ Var(loss) / (2 T²)` when the tilt is small, and gains
     `Var(loss) / T` of loss; so `T = sqrt(mean over tasks of Var(loss) / (2 kl_target))` (Ours: the mean over tasks of
@@ -44,7 +44,7 @@ def calibrate_path_temperature(
     final_losses: Float[Tensor, " trajectories"],
     log_ratios: Float[Tensor, " trajectories"],
 ) -> float:
-    """Temperature for the form with a backward policy, from recorded trajectories.
+    """The temperature for the form with a backward policy, from recorded trajectories.
 
     `T = mean(initial - final loss) / mean(sum_k log P_F - log P_B)`: the range of the reward equals the cost of the
     path on recorded data, where the residual of a full trajectory then vanishes on average (Ours).

@@ -46,6 +46,9 @@ class LoHpPolicyConfig(PretrainedConfig):
             reference, under which such a mean would be all but certain.
         preset (`str`): How the policy was trained.
         provenance (`dict`): Training tasks, licences, seeds, commit.
+
+    Raises:
+        ValueError: Listing every value out of range.
     """
 
     model_type = "lohp_policy"
@@ -153,6 +156,9 @@ class LoHpPolicyConfig(PretrainedConfig):
     @classmethod
     def read(cls, folder: Path) -> "LoHpPolicyConfig":
         """The configuration in a policy folder; entries of transformers that a policy has no use for are left out.
+
+        Args:
+            folder: The policy folder.
 
         Raises:
             OSError: When it cannot be read.

@@ -94,6 +94,9 @@ class LoHpPolicy(PreTrainedModel):
     def set_space(self, space: WeightSpace) -> None:
         """Attach the coordinates.
 
+        Args:
+            space: Of the kind, rank and layout that the configuration names.
+
         Raises:
             ValueError: When they do not fit the configuration, naming both sides.
         """
@@ -105,7 +108,7 @@ class LoHpPolicy(PreTrainedModel):
         self.state_mask.copy_(space.mask)
 
     def reference_tensors(self) -> dict[str, Tensor]:
-        """Coordinates of the features, for `task_features`."""
+        """The coordinates of the features, for `task_features`."""
         return dict(self.feature_reference.named_buffers())
 
     def _inputs(self, features: TaskFeatures) -> tuple[TaskFeatures, Tensor]:
@@ -123,7 +126,7 @@ class LoHpPolicy(PreTrainedModel):
         previous: Tensor | None = None,
         optimizer: Tensor | None = None,
     ) -> Tensor:
-        """Mean of the next state, shape (batch, modules, width).
+        """The mean of the next state, shape (batch, modules, width).
 
         Args:
             state: Current states, shape (batch, modules, width).
@@ -142,11 +145,22 @@ class LoHpPolicy(PreTrainedModel):
         return torch.where(self.state_mask, mean, torch.zeros_like(mean))
 
     def sigma(self, step: Tensor) -> Tensor:
-        """Standard deviation of a step, shape (batch, modules, 1): `noise_scale` times the recorded step's size."""
+        """The standard deviation of a step, shape (batch, modules, 1): `noise_scale` times the recorded step's size.
+
+        Args:
+            step: Policy step indices, int64, shape (batch,).
+        """
         return self.config.noise_scale * self.step_rms[step]
 
     def log_flow(self, state: Tensor, step: Tensor, features: TaskFeatures, optimizer: Tensor | None = None) -> Tensor:
-        """Residual log flow (nats before the forward-looking term), shape (batch,)."""
+        """The residual log flow (nats before the forward-looking term), shape (batch,).
+
+        Args:
+            state: See `forward_policy`.
+            step: See `forward_policy`.
+            features: See `forward_policy`.
+            optimizer: See `forward_policy`.
+        """
         _, flat = self._inputs(features)
         optimizer = torch.zeros_like(step) if optimizer is None else optimizer
         start = self.forward_network.start.detach()

@@ -22,6 +22,9 @@ class ReferenceSet:
         families: Their families.
         states: Their recorded adapters, shape (n, modules, width).
         features: Features of one support set each, batched over tasks.
+
+    Raises:
+        ValueError: When its parts are not of the same number of tasks.
     """
 
     names: tuple[str, ...]
@@ -42,18 +45,28 @@ class ReferenceSet:
         return self.states.mean(0)
 
     def nearest(self, features: TaskFeatures) -> int:
-        """Index of the task whose texts lie nearest, by cosine of the standardised set features (mean part)."""
+        """The index of the task whose texts lie nearest, by cosine of the standardised set features (mean part).
+
+        Args:
+            features: Features of one task, without a batch axis.
+        """
         half = self.features.set.shape[-1] // 2
         return int(cosine_similarity(self.features.set[:, :half], features.set[None, :half]).argmax())
 
     def nearest_state_distance(self, state: Tensor) -> tuple[int, float]:
-        """Index of the nearest adapter and its relative Frobenius distance to `state` (modules, width)."""
+        """The index of the nearest adapter and its relative Frobenius distance to `state` (modules, width)."""
         distance = (self.states - state).flatten(1).norm(dim=-1) / state.norm().clamp(min=1e-12)
         index = int(distance.argmin())
         return index, float(distance[index])
 
     def wrong_task(self, family: str, name: str, seed: int, nearest: int | None = None) -> int:
-        """A seeded task of another family; for a task of unknown family, of another family than its nearest task.
+        """The index of a seeded task of another family; for a task of unknown family, of another family than its nearest task.
+
+        Args:
+            family: Family of the task; empty when unknown.
+            name: Its name.
+            seed: Seed of the choice.
+            nearest: Index of its nearest task, for an unknown family.
 
         Raises:
             ValueError: When all reference tasks are of one family.
@@ -66,11 +79,15 @@ class ReferenceSet:
         return others[int(torch.randint(len(others), (1,), generator=generator))]
 
     def task_features(self, index: int) -> TaskFeatures:
-        """The stored features of one task."""
+        """The stored features of one task.
+
+        Args:
+            index: Of the task.
+        """
         return self.features[index]
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and metadata for a safetensors file."""
+        """The tensors and metadata for a safetensors file."""
         tensors = {name: getattr(self.features, name) for name in FEATURES} | {"states": self.states}
         tensors["moments"] = tensors["moments"].half()  # of order 1, and most of the file
         names = json.dumps({"names": self.names, "families": self.families})
@@ -78,7 +95,11 @@ class ReferenceSet:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> "ReferenceSet":
-        """Inverse of `to_tensors`.
+        """The inverse of `to_tensors`.
+
+        Args:
+            tensors: What `to_tensors` gave.
+            metadata: What `to_tensors` gave.
 
         Raises:
             ValueError: When a tensor or the names of the tasks are missing or malformed.

@@ -22,7 +22,7 @@ def rollout(
     measure: Measure | None = None,
     policy_steps: int | None = None,
 ) -> Tensor:
-    """States of a rollout, shape (batch, steps + 1, modules, width); differentiable in the policy when noise-free.
+    """The states of a rollout, shape (batch, steps + 1, modules, width); differentiable in the policy when noise-free.
 
     Args:
         policy: The policy.

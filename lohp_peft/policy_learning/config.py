@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from lohp_peft.fields import document_fields
+
 PRESETS = ("behaviour_cloning", "lohp", "lohp+path")
 REFERENCES = ("clone", "backward")
 MODES = ("hybrid", "on_policy", "off_policy")
@@ -11,9 +13,12 @@ def _field(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
+@document_fields
 @dataclass(kw_only=True)
 class PolicyLearningConfig:
     """Settings of policy learning; the presets are `lohp` (the paper's ingredients), `lohp+path`, `behaviour_cloning`.
+
+    Defaults are Ours; `benchmarks/NOTES.md` and `DECISIONS.md` say which were compared, and with what.
 
     Raises:
         ValueError: Listing every value out of range.

@@ -32,6 +32,9 @@ class ReplayBuffer:
 
     Args:
         capacity: Number of rollouts.
+
+    Raises:
+        ValueError: When the capacity is below 1.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -44,16 +47,25 @@ class ReplayBuffer:
         return len(self.rollouts)
 
     def add(self, rollouts: list[Rollout]) -> None:
-        """Append, dropping the oldest beyond the capacity."""
+        """Append, dropping the oldest beyond the capacity.
+
+        Args:
+            rollouts: The newest.
+        """
         self.rollouts = [*self.rollouts, *rollouts][-self.capacity :]
 
     def sample(self, size: int, generator: torch.Generator) -> list[Rollout]:
-        """Up to `size` different rollouts."""
+        """A draw of up to `size` different rollouts.
+
+        Args:
+            size: Most rollouts.
+            generator: Source of the draw.
+        """
         order = torch.randperm(len(self.rollouts), generator=generator)[:size]
         return [self.rollouts[int(i)] for i in order]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors only, so that it can be saved without pickle."""
+        """The rollouts as tensors only, so that they can be saved without pickle."""
         tensors: dict[str, Tensor] = {}
         for i, item in enumerate(self.rollouts):
             parts = {"states": item.states, "losses": item.losses, "prefix": torch.tensor(item.prefix)}
@@ -62,7 +74,11 @@ class ReplayBuffer:
         return tensors
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of `state_dict`."""
+        """The inverse of `state_dict`.
+
+        Args:
+            tensors: What `state_dict` gave.
+        """
         items: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             index, part = name.split(".")

@@ -38,7 +38,17 @@ NORMALIZER_EPISODES = 200
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What `train_policy` is going to do."""
+    """What `train_policy` is going to do.
+
+    Args:
+        tasks: Number of training tasks.
+        validation_tasks: Number of validation tasks.
+        trajectories: Number of recorded runs.
+        contrast_groups: Names of tasks that are pooled into conflicting labelings, by group.
+        cloning_steps: Training steps of behaviour cloning.
+        training_steps: Training steps after it.
+        policy_parameters: Number of the policy's parameters.
+    """
 
     tasks: int
     validation_tasks: int
@@ -56,6 +66,12 @@ def plan_training(
     validation_tasks: Sequence[Task] = (),
 ) -> TrainingPlan:
     """The plan of a training run, without running it.
+
+    Args:
+        tasks: Training tasks.
+        dataset: Recorded trajectories.
+        config: Settings.
+        validation_tasks: Tasks that choose among the validated policies.
 
     Raises:
         ValueError: When a task without recording, or no recording of any task, is found.

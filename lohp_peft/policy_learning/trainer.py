@@ -86,7 +86,11 @@ class LoHpTrainer:
         return self.config.cloning_steps + hybrid
 
     def train(self, folder: Path | None = None) -> LoHpPolicy:
-        """Run to the end, from the checkpoint in `folder` when there is one, and load the best validated weights."""
+        """Run to the end, from the checkpoint in `folder` when there is one, and load the best validated weights.
+
+        Returns:
+            The policy that was given, with these weights.
+        """
         if folder is not None and (folder / "state.json").is_file():
             self.load(folder)
         while self.step < self.total_steps:
@@ -106,7 +110,7 @@ class LoHpTrainer:
         return self.policy.eval()
 
     def training_step(self) -> dict[str, float]:
-        """One update; returns its scalars."""
+        """The losses and diagnostics, by name, of one training step, which is taken."""
         self.policy.train()
         torch.manual_seed(self._key("dropout", self.accelerator.process_index))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -273,7 +277,7 @@ class LoHpTrainer:
         return {"divergence": nats, "refreshed": 1.0, "temperature": self.temperature}
 
     def validate(self) -> dict[str, float]:
-        """Mean query loss and accuracy of mean rollouts on the fixed validation episodes; keeps the best weights."""
+        """The mean query loss and accuracy of mean rollouts on the fixed validation episodes; keeps the best weights."""
         scores = self._validation_scores()
         if scores["validation_loss"] < self.best[0]:
             self.best = (scores["validation_loss"], self.step)
@@ -296,7 +300,7 @@ class LoHpTrainer:
         return {"validation_loss": fmean(losses), "validation_accuracy": fmean(accuracies)}
 
     def save(self, folder: Path) -> None:
-        """Write everything needed to continue, atomically, without pickle."""
+        """Write everything needed to continue into `folder`, atomically, without pickle."""
         if not self.accelerator.is_main_process:
             return
         groups: dict[str, Mapping[str, Tensor]] = {
@@ -314,7 +318,7 @@ class LoHpTrainer:
         write_checkpoint(folder, self.step, groups, {**record, "config": asdict(self.config)})
 
     def load(self, folder: Path) -> None:
-        """Continue from `save`.
+        """Continue from what `save` wrote into `folder`.
 
         Raises:
             ValueError: When the checkpoint is damaged, or was made with other settings or for another policy, naming both

@@ -33,7 +33,12 @@ class TaskBank:
         self.tasks: dict[str, Task] = {}
 
     def add(self, task: Task, split: str = "train") -> None:
-        """Encode up to `rows_per_task` rows of one split, at least 12 a class."""
+        """Encode up to `rows_per_task` rows of one split, at least 12 a class.
+
+        Args:
+            task: A task with a name of its own.
+            split: The split.
+        """
         examples = task.split(split)
         examples = draw(examples, max(self.rows_per_task // examples.n_classes, 12), self.seed)
         encoded = self.encoder.prepare(examples.texts, examples.texts_b)
@@ -45,7 +50,14 @@ class TaskBank:
     def features(
         self, parts: Sequence[tuple[str, Tensor]], labels: Tensor, n_classes: int, reference: Mapping[str, Tensor]
     ) -> TaskFeatures:
-        """Open-loop features of the rows `parts`, pairs (task name, row indices)."""
+        """The open-loop features of the rows `parts`, pairs (task name, row indices).
+
+        Args:
+            parts: Task names with row indices.
+            labels: Class indices of the rows, shape (n,).
+            n_classes: Number of classes.
+            reference: See `task_features`.
+        """
         statistics = TextStatistics.concatenate([self.statistics[name][rows] for name, rows in parts])
         return task_features(statistics, labels, n_classes, reference)
 

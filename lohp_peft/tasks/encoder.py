@@ -57,7 +57,7 @@ class EncodedTexts:
 
     @classmethod
     def concatenate(cls, parts: Sequence["EncodedTexts"]) -> "EncodedTexts":
-        """Stack several sets, padded to the widest."""
+        """All texts of `parts`, which are of one encoder, in order, padded to the widest."""
         width = max(part.attention_mask.shape[1] for part in parts)
 
         def stack(name: str) -> Tensor | None:
@@ -70,9 +70,9 @@ class EncodedTexts:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """SHA-256 of a tokenizer's class-independent behaviour: its vocabulary, in order.
+    """The SHA-256 of a tokenizer's class-independent behaviour: its vocabulary, in order.
 
-    Kept for each tokenizer as long as the size of its vocabulary stays (a seventh of a small generation's time; Ours).
+    Kept for each `tokenizer` as long as the size of its vocabulary stays (a seventh of a small generation's time; Ours).
     """
     size, found = _FINGERPRINTS.get(tokenizer, (None, ""))
     if size != len(tokenizer):
@@ -208,6 +208,13 @@ class TextEncoder:
     def prepare(self, texts: Sequence[str], texts_b: Sequence[str] | None = None) -> EncodedTexts:
         """Tokenize and run the frozen layers below the first adapted one, without gradients.
 
+        Args:
+            texts: `n` texts.
+            texts_b: `n` second texts for pairs, or `None`.
+
+        Returns:
+            The texts as `embed` and `statistics` take them.
+
         Raises:
             ValueError: When there are no texts.
         """
@@ -252,7 +259,7 @@ class TextEncoder:
         return EncodedTexts(None, batch["attention_mask"], batch["input_ids"], batch.get("token_type_ids"))
 
     def embed(self, encoded: EncodedTexts, states: Tensor | None = None, owner: Tensor | None = None) -> Tensor:
-        """Pooled embeddings, shape (n, d), differentiable in `states`.
+        """The pooled embeddings, shape (n, d), differentiable in `states`.
 
         Args:
             encoded: From `prepare`.
@@ -279,7 +286,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def statistics(self, encoded: EncodedTexts, state: Tensor | None = None) -> TextStatistics:
-        """One forward pass that keeps, per text, its embedding and each module's mean input and output.
+        """What one forward pass shows: of every text its embedding and each module's mean input and output.
 
         Args:
             encoded: From `prepare`.

@@ -43,7 +43,7 @@ class TextStatistics:
 
     @classmethod
     def concatenate(cls, parts: Sequence["TextStatistics"]) -> "TextStatistics":
-        """Stack the texts of several sets."""
+        """All texts of `parts`, which are of one encoder, in order."""
         outputs = [p.outputs for p in parts if p.outputs is not None]
         inputs = torch.cat([p.inputs for p in parts])
         return cls(torch.cat([p.embeddings for p in parts]), inputs, torch.cat(outputs) if outputs else None)
@@ -69,7 +69,11 @@ class TaskFeatures:
     moments: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TaskFeatures":
-        """The features with a function applied to every part."""
+        """The features with a function applied to every part.
+
+        Args:
+            function: From a tensor to a tensor.
+        """
         return TaskFeatures(*(function(getattr(self, field.name)) for field in fields(self)))
 
     def __len__(self) -> int:
@@ -80,12 +84,19 @@ class TaskFeatures:
 
     @classmethod
     def stack(cls, items: Sequence["TaskFeatures"]) -> "TaskFeatures":
-        """Batch features along a new first axis."""
+        """Batch features along a new first axis.
+
+        Args:
+            items: Features of one task each, without a batch axis.
+
+        Returns:
+            The batch.
+        """
         return cls(*(torch.stack([getattr(item, field.name) for item in items]) for field in fields(cls)))
 
 
 def fit_reference(statistics: Sequence[TextStatistics], directions: int = 64) -> dict[str, Tensor]:
-    """Coordinates for the features, from texts of the training tasks; kept in the policy.
+    """The coordinates for the features, from texts of the training tasks; kept in the policy.
 
     Principal directions of the normalised embeddings of all training tasks (Ours: task-independent axes in which
     ratios are comparable between tasks) and per-module activation means and deviations.
@@ -162,7 +173,7 @@ def support_errors(embeddings: Tensor, labels: Tensor, n_classes: int) -> tuple[
 def task_features(
     statistics: TextStatistics, labels: Tensor, n_classes: int, reference: Mapping[str, Tensor]
 ) -> TaskFeatures:
-    """Features of one support set in the coordinates of `reference`.
+    """The features of one support set in the coordinates of `reference`.
 
     Computed in float32 on the device of `reference`. The moments stand for the gradient of a module's update: with the
     mean over tokens in the place of each token and a learned matrix of the policy in the place of the Jacobian from

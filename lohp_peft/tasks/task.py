@@ -21,6 +21,9 @@ class Examples:
         labels: `n` class indices in `range(len(label_names))`.
         label_names: One name a class. Names are never read by the policy.
         texts_b: `n` second texts for pair tasks, or `None`.
+
+    Raises:
+        ValueError: When the lengths differ, or a label is out of range, naming all.
     """
 
     texts: tuple[str, ...]
@@ -63,7 +66,12 @@ class Examples:
         )
 
     def with_labels(self, labels: Sequence[int], label_names: Sequence[str] | None = None) -> "Examples":
-        """The same texts under other labels."""
+        """The same texts under other labels.
+
+        Args:
+            labels: `n` class indices.
+            label_names: One name a class; the same ones by default.
+        """
         names = self.label_names if label_names is None else tuple(label_names)
         return Examples(self.texts, tuple(int(y) for y in labels), names, self.texts_b)
 
@@ -72,6 +80,12 @@ class Examples:
         """Build from rows `{text[, text_b], label}`: a list of dicts or a `datasets.Dataset`.
 
         Labels may be strings, ints or bools; the classes are the sorted distinct values.
+
+        Args:
+            rows: The rows.
+
+        Returns:
+            The examples.
 
         Raises:
             ValueError: Naming every malformed row: no text, an empty text, no label, or pairs mixed with single texts.
@@ -115,6 +129,9 @@ class Task:
         splits: One split name per row, such as `"train"` or `"test"`.
         family: Kind of task, used to choose the wrong-task control from another family.
         licence: Licence of the data, printed in the policy's card.
+
+    Raises:
+        ValueError: When there is not one split entry a row.
     """
 
     name: str
@@ -130,6 +147,15 @@ class Task:
     @classmethod
     def from_jsonl(cls, path: str | Path, *, name: str | None = None, family: str = "", licence: str = "") -> "Task":
         """Read a file of rows `{text[, text_b], label, split}`, plain or gzipped.
+
+        Args:
+            path: The file.
+            name: The file's name up to its first dot by default.
+            family: See `Task`.
+            licence: See `Task`.
+
+        Returns:
+            The task.
 
         Raises:
             ValueError: Naming the file and every malformed line.
@@ -151,6 +177,9 @@ class Task:
     def split(self, name: str) -> Examples:
         """The rows of one split; every class keeps its index.
 
+        Args:
+            name: Name of the split.
+
         Raises:
             ValueError: When the split has no rows.
         """
@@ -162,7 +191,16 @@ class Task:
         return self.examples.select(rows)
 
     def draw_support(self, shots: int, seed: int, split: str = "train") -> Examples:
-        """Draw up to `shots` examples a class, seeded; classes with fewer give what they have."""
+        """A seeded draw of up to `shots` examples a class; classes with fewer give what they have.
+
+        Args:
+            shots: Examples per class.
+            seed: Seed of the draw.
+            split: Where to draw from.
+
+        Raises:
+            ValueError: When the split has no rows, or `shots` is below 1.
+        """
         return draw(self.split(split), shots, seed)
 
 
@@ -196,7 +234,16 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def draw(examples: Examples, shots: int, seed: int) -> Examples:
-    """A seeded class-balanced draw of up to `shots` rows a class, in random order."""
+    """A seeded class-balanced draw of up to `shots` rows a class, in random order.
+
+    Args:
+        examples: Where to draw from.
+        shots: Examples per class.
+        seed: Seed of the draw.
+
+    Raises:
+        ValueError: When `shots` is below 1.
+    """
     if shots < 1:
         raise ValueError(f"`shots` must be at least 1 example per class, got {shots}.")
     generator = torch.Generator().manual_seed(seed)
@@ -210,7 +257,13 @@ def draw(examples: Examples, shots: int, seed: int) -> Examples:
 
 
 def balanced_rows(targets: torch.Tensor, most: int, seed: int) -> torch.Tensor:
-    """Sorted indices of a seeded draw of at most `most` rows, equally many of every class, but two a class."""
+    """The sorted indices of a seeded draw of at most `most` rows, equally many of every class, but two a class.
+
+    Args:
+        targets: Class indices, shape (n,).
+        most: Rows.
+        seed: Seed of the draw.
+    """
     generator = torch.Generator().manual_seed(seed)
     present = targets.unique()
     per_class = max(2, most // len(present))

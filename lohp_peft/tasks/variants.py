@@ -87,7 +87,11 @@ class EpisodeSampler:
         self.support_size, self.query_size, self.max_shots = support_size, query_size, max_shots
 
     def sample(self, generator: torch.Generator) -> Episode:
-        """One episode; the generator alone decides which."""
+        """An episode; the generator alone decides which.
+
+        Args:
+            generator: Source of all choices.
+        """
         if _uniform(generator) < self.contrast:
             group = self.groups[_integer(len(self.groups), generator)]
             size = min(len(group), 2 + _integer(2, generator))
@@ -97,7 +101,12 @@ class EpisodeSampler:
         return self.task_episode(name, generator)
 
     def task_episode(self, name: str, generator: torch.Generator) -> Episode:
-        """A random subset of one task's classes, now and then merged into fewer."""
+        """A random subset of one task's classes, now and then merged into fewer.
+
+        Args:
+            name: The task.
+            generator: Source of all choices.
+        """
         by_class = self.rows[name]
         size = 2 + _integer(min(len(by_class), self.max_classes) - 1, generator)
         merge = len(by_class) >= 4 and _uniform(generator) < self.merge
@@ -109,14 +118,25 @@ class EpisodeSampler:
         return self._draw(cells, n_classes, "merge" if merge else "subset", generator)
 
     def whole_task_episode(self, name: str, generator: torch.Generator) -> Episode:
-        """As many of one task's classes as the support set has room for."""
+        """An episode of as many of one task's classes as the support set has room for.
+
+        Args:
+            name: The task.
+            generator: Source of all choices.
+        """
         by_class = self.rows[name]
         size = min(len(by_class), max(2, self.support_size // 2))
         chosen = [by_class[int(i)] for i in torch.randperm(len(by_class), generator=generator)[:size]]
         return self._draw([((name, rows), i) for i, rows in enumerate(chosen)], size, "subset", generator)
 
     def contrast_episode(self, names: Sequence[str], by_task: bool, generator: torch.Generator) -> Episode:
-        """The pooled texts of several tasks, labelled by task or by their common classes."""
+        """The pooled texts of several tasks, labelled by task or by their common classes.
+
+        Args:
+            names: Tasks of one contrast group.
+            by_task: Whether the task is the label.
+            generator: Source of all choices.
+        """
         cells = [
             ((name, rows), i if by_task else c)
             for i, name in enumerate(names)
@@ -148,10 +168,14 @@ class EpisodeSampler:
 
 
 def contrast_groups(tasks: Sequence[Task], max_classes: int = 3) -> list[list[str]]:
-    """Names of tasks that share their label names, in one order, in groups of two or more.
+    """The names of tasks that share their label names, in one order, in groups of two or more.
 
     Pooled, their texts can be labelled by class or by task: two conflicting tasks out of the same texts. A task that
     shares half of its texts with earlier ones of its group, such as a pool of them, stays out.
+
+    Args:
+        tasks: The tasks.
+        max_classes: Most classes of a task that takes part.
     """
     groups: dict[tuple[str, ...], tuple[list[str], set[str]]] = {}
     for task in tasks:

@@ -67,6 +67,9 @@ class TrajectoryDataset:
             base_model_name: Name or path under which the base model was loaded.
             metadata: JSON values to keep with the dataset.
 
+        Returns:
+            The empty dataset.
+
         Raises:
             FileExistsError: When the folder already holds a dataset.
         """
@@ -99,6 +102,9 @@ class TrajectoryDataset:
             folder: Where the dataset lives; nothing in it is changed.
             on_damage: What to do about damaged, missing and foreign shards: `"error"` lists them all and stops,
                 `"skip"` warns, naming them, and leaves them out. An `append` under such a key replaces it.
+
+        Returns:
+            The dataset.
 
         Raises:
             FileNotFoundError: When the folder holds no dataset.
@@ -145,6 +151,9 @@ class TrajectoryDataset:
             base_model: The model that it is meant for; another one than it was recorded on is refused.
             on_damage: See `open`.
             token: Access token; the stored login by default.
+
+        Returns:
+            The dataset.
 
         Raises:
             ValueError: See `open` and `lohp_peft.hub.pull_folder`.
@@ -204,7 +213,7 @@ class TrajectoryDataset:
         self.damaged.pop(key, None)
 
     def keys(self) -> list[str]:
-        """Keys of the usable shards, sorted."""
+        """The keys of the usable shards, sorted."""
         return sorted(key for key in self.manifest.shards if key not in self.damaged)
 
     def tasks(self) -> list[str]:
@@ -238,6 +247,10 @@ class TrajectoryDataset:
 
     def check_matches(self, *, space: WeightSpace, base_fingerprint: str) -> None:
         """Make sure that the dataset was recorded on this base model and in this weight space.
+
+        Args:
+            space: Weight space at hand.
+            base_fingerprint: From `base_model_fingerprint`, of the base model at hand.
 
         Raises:
             ValueError: Listing every difference, both sides named.

@@ -5,15 +5,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lohp_peft.fields import document_fields
 from lohp_peft.tasks.heads import HEADS
 from lohp_peft.weight_preparation.optimizers import hyperparameters
 
 
+@document_fields
 @dataclass(frozen=True, kw_only=True)
 class WeightPreparationConfig:
     """What to record: every task with every optimizer and every seed.
 
     Defaults are Ours unless said otherwise: runs that are still descending when they end, at seconds a run on one core.
+
+    Raises:
+        ValueError: Listing every value out of range.
     """
 
     optimizers: tuple[str, ...] = field(

@@ -82,6 +82,9 @@ def plan_preparation(
         config: What to record.
         output_dir: Where a dataset may already hold some of the tasks.
 
+    Returns:
+        The numbers of runs, states and bytes.
+
     Raises:
         ValueError: Listing every task that cannot be recorded, or every setting in which the existing dataset was
             recorded differently.

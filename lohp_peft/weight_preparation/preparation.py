@@ -30,7 +30,17 @@ from lohp_peft.weight_preparation.scoring import query_loss, score_trajectory
 
 @dataclass(frozen=True)
 class RunReport:
-    """One run: its losses in nats, its duration in seconds and its size; losses are NaN when it diverged."""
+    """One run.
+
+    Args:
+        task: Name of the task.
+        optimizer: Name of the optimizer.
+        seed: Seed of its minibatches.
+        first_loss: Query loss of the start in nats; NaN when the run diverged.
+        last_loss: That of the end.
+        seconds: Duration.
+        bytes: Size of its states.
+    """
 
     task: str
     optimizer: str
@@ -117,7 +127,20 @@ def record_run(
     seed: int,
     config: WeightPreparationConfig,
 ) -> Trajectory | None:
-    """Train one state from zero and return its unscored trajectory, or `None` when the run diverged."""
+    """Train one state from zero.
+
+    Args:
+        encoder: Encoder in the weight space to record in.
+        rows: The task's rows.
+        encoded: The same rows, from `encoder.prepare`.
+        task: Name of the task.
+        optimizer: Name of the optimizer.
+        seed: Seed of the minibatches.
+        config: Settings.
+
+    Returns:
+        The trajectory without scores, or `None` when the run diverged.
+    """
     state = torch.zeros(tuple(encoder.space.shape), device=encoder.device, requires_grad=True)
     hyper = hyperparameters(optimizer, config.hyperparameters.get(optimizer))
     rule = build_optimizer(optimizer, [state], **hyper)

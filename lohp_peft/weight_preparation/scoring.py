@@ -33,7 +33,15 @@ def query_logits(encoder: TextEncoder, encoded: EncodedTexts, batch: Batch, stat
 
 
 def query_loss(encoder: TextEncoder, encoded: EncodedTexts, batch: Batch, state: Tensor, head: str) -> Tensor:
-    """Mean cross-entropy of `query_logits` in nats, a scalar differentiable in `state`."""
+    """The mean cross-entropy of `query_logits` in nats, a scalar differentiable in `state`.
+
+    Args:
+        encoder: Encoder in the weight space of the state.
+        encoded: Texts, from `encoder.prepare`.
+        batch: Which of them are support and query.
+        state: Shape (modules, width).
+        head: Kind of head.
+    """
     logits = query_logits(encoder, encoded, batch, state, head)
     return cross_entropy(logits, batch.query_labels.to(logits.device))
 
@@ -42,7 +50,15 @@ def query_loss(encoder: TextEncoder, encoded: EncodedTexts, batch: Batch, state:
 def score_trajectory(
     trajectory: Trajectory, encoder: TextEncoder, encoded: EncodedTexts, batch: Batch, head: str
 ) -> Trajectory:
-    """The trajectory with `losses` and `metrics["query_accuracy"]` of every state on `batch`, forward-only."""
+    """The trajectory with `losses` and `metrics["query_accuracy"]` of every state on `batch`, forward-only.
+
+    Args:
+        trajectory: States in the weight space of the encoder.
+        encoder: The encoder.
+        encoded: Texts, from `encoder.prepare`.
+        batch: Which texts are support and query.
+        head: Kind of head.
+    """
     losses, accuracies = [], []
     for state in trajectory.states.to(encoder.device):
         logits = query_logits(encoder, encoded, batch, state, head).cpu()
