@@ -99,7 +99,7 @@ class Events:
         config: PolicyLearningConfig,
         max_steps: int,
     ) -> None:
-        if not accelerator.state.initialized:
+        if not hasattr(accelerator.state, "num_processes"):
             raise RuntimeError(
                 "Making `TrainingArguments` after the `Accelerator` resets its state. Make them first, or with "
                 "accelerator_config={'use_configured_state': True}."
