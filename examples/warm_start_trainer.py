@@ -61,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.cold:
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="SEQ_CLS"))
     else:
-        model = get_peft_model(
-            model, LoHpConfig(policy=options.policy, task_type="SEQ_CLS")
-        )  # lohp 2: the configuration
+        model = get_peft_model(model, LoHpConfig(policy=options.policy, task_type="SEQ_CLS"))  # lohp 2: the config
         model.generate_adapter(support, tokenizer=tokenizer)  # lohp 3: the start
     training = TrainingArguments(
         output_dir=str(options.output),

@@ -14,8 +14,7 @@ def check_whole_policy(accelerator: Accelerator) -> None:
         RuntimeError: Under FSDP, DeepSpeed and other ways of taking a model apart.
     """
     kind = accelerator.distributed_type
-    parts = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA}
-    if kind in parts:
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise RuntimeError(
             f"Policy learning needs the whole policy in every process, got an accelerator of type {kind.value}. Launch "
             "it with one of examples/accelerate_configs, which share batches; a policy has a few million parameters."
