@@ -102,8 +102,8 @@ class LoHpTrainer:
     @property
     def total_steps(self) -> int:
         """Training steps of both phases."""
-        hybrid = 0 if self.config.preset == "behaviour_cloning" else self.config.training_steps
-        return self.config.cloning_steps + hybrid
+        config = self.config
+        return config.cloning_steps + (0 if config.preset == "behaviour_cloning" else config.training_steps)
 
     def train(self, folder: Path | None = None) -> LoHpPolicy:
         """Run to the end, from the checkpoint in `folder` when there is one, and load the best validated weights."""
@@ -149,10 +149,7 @@ class LoHpTrainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.config.learning_rate_share(self.step)
         with self.accelerator.autocast():
-            if self.reference is None:
-                losses, scalars = {"cloning": (self._cloning_loss(*self._recorded_batch()), 1.0)}, {}
-            else:
-                losses, scalars = self._hybrid_phase()
+            losses, scalars = self._cloning_phase() if self.reference is None else self._hybrid_phase()
         scalars |= self._accumulate(losses)
         self.events("pre_optimizer_step")
         self.optimizer.step()
@@ -171,7 +168,7 @@ class LoHpTrainer:
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             gradient = self.processes.sum(torch.cat([g.flatten() for g in gradients]))
             norm = gradient.norm()
-            if not torch.isfinite(loss) or not torch.isfinite(norm):
+            if not (loss.isfinite() and norm.isfinite()):
                 raise RuntimeError(
                     f"Policy learning diverged at training step {self.step}: {name} is {loss.item()}, its gradient norm "
                     f"{norm.item()}. Lower `learning_rate`, `kl_target` (which raises the temperature) or the loss's weight."
@@ -182,6 +179,9 @@ class LoHpTrainer:
         for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
         return scalars
+
+    def _cloning_phase(self) -> tuple[dict[str, tuple[Tensor, float]], dict[str, float]]:
+        return {"cloning": (self._cloning_loss(*self._recorded_batch()), 1.0)}, {}
 
     def _hybrid_phase(self) -> tuple[dict[str, tuple[Tensor, float]], dict[str, float]]:
         config = self.config
@@ -298,9 +298,8 @@ class LoHpTrainer:
         """
         if self.validation is None or not isinstance(self.reference, LoHpPolicy) or self.config.subtb_weight == 0:
             return {}
-        bank, episodes = self.validation
+        bank, episodes = self.validation[0], self.validation[1][:8]
         self.policy.eval()
-        episodes = episodes[:8]
         mine = [episodes[i] for i in self.processes.mine(len(episodes))]
         found = divergence(self.policy, self.reference, self._features(mine, bank))
         nats = float(self.processes.gather(found, len(episodes)).mean())

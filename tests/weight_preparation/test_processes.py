@@ -21,23 +21,22 @@ from weight_preparation.test_recorder import final_update, full_rank_space, trai
 CONFIG = WeightPreparationConfig(optimizers=("adamw",), optimizer_steps=4, record_every=2, rows_per_task=32)
 
 
-def prepare(folder, accelerator=None):
+def prepare(folder):
     model, stream = build_base_model(), io.StringIO()
     space = LoraBSpace.seeded(AdapterLayout.from_model(model, ["query", "value"]), r=2, seed=0)
     encoder = TextEncoder(model, build_tokenizer(), space)
     tasks = [build_task(f"task {i}", seed=i) for i in range(3)]
-    dataset = prepare_trajectories(tasks, encoder, folder, CONFIG, accelerator, Console(file=stream, width=120))
+    dataset = prepare_trajectories(tasks, encoder, folder, CONFIG, console=Console(file=stream, width=120))
     return dataset, stream.getvalue()
 
 
 def main(folder):
-    from accelerate import Accelerator
+    from accelerate import PartialState
 
-    accelerator = Accelerator(cpu=True)
-    dataset, shown = prepare(folder / "two", accelerator)
-    sys.stdout.write(f"told {accelerator.num_processes} {len(dataset)} {'3 tasks' in shown}\n")
+    dataset, shown = prepare(folder / "two")
+    sys.stdout.write(f"told {PartialState().num_processes} {len(dataset)} {'3 tasks' in shown}\n")
     record_under_ddp(folder)
-    accelerator.end_training()
+    PartialState().destroy_process_group()
 
 
 def record_under_ddp(folder):
@@ -67,7 +66,6 @@ def test_two_processes_record_what_one_does(tmp_path):
         "MASTER_PORT": str(port),
         "PYTHONPATH": paths,
         "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
     }
     command = [sys.executable, "-m", "weight_preparation.test_processes", str(tmp_path)]
     ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
