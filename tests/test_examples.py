@@ -149,6 +149,28 @@ def test_serve(quickstart, base_model, tmp_path, capsys):
     assert not (tmp_path / "coffee_reviews" / "head.safetensors").exists()
 
 
+def test_warm_start_in_a_trainer_run(quickstart, base_model, tmp_path, capsys):
+    example = toy.load_script("examples/warm_start_trainer.py")
+    line = ["--base-model", str(base_model), "--policy", str(quickstart / "policy"), "--shots", "4", "--steps", "3"]
+    example.main([*line, "--output", str(tmp_path)])
+    shown = re.findall(r"^step +(\d+) +loss ([\d.]+) +accuracy ([\d.]+)%", capsys.readouterr().out, re.MULTILINE)
+    assert [step for step, _, _ in shown] == ["0", "1", "2", "3"]
+    example.main([*line, "--cold", "--output", str(tmp_path / "cold")])
+    cold = re.findall(r"^step +(\d+) +loss ([\d.]+) +accuracy ([\d.]+)%", capsys.readouterr().out, re.MULTILINE)
+    assert float(shown[0][2]) > float(cold[0][2])  # at step 0 a head is solved already
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_the_warm_start_is_three_changed_lines():
+    """The diff of the README has the marked lines of the script."""
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    (diff,) = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
+    added = [line[1:].strip() for line in diff.splitlines() if line.startswith("+")]
+    marked = re.findall(r"^ *(.*?) {2}# lohp \d", (EXAMPLES / "warm_start_trainer.py").read_text(), re.MULTILINE)
+    assert added == [line.replace("options.policy", '"shipped"') for line in marked]
+    assert len(added) == 3
+
+
 def test_every_example_is_described():
     """The table of examples/README.md has a row for every script and every how-to, and for nothing else."""
     listed = re.findall(r"^\| \[`([\w./]+)`\]", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE)

@@ -27,6 +27,10 @@ def train(
     max_length: Annotated[int, typer.Option(help="Longest text, in tokens.")] = 128,
     config: Annotated[Path | None, typer.Option(help="YAML of PolicyLearningConfig.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="field=value; repeatable.")] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="Where to log as the Trainer does: `tensorboard`, `trackio`, `wandb`, ...; repeatable."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -57,6 +61,14 @@ def train(
     model, tokenizer = load_base_model(base_model)
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else None
     encoder = TextEncoder(model, tokenizer, dataset.space, pooling=pooling, max_length=max_length, dtype=dtype)
-    policy = train_policy(tasks, encoder, dataset, output, settings, validation_tasks=validation_tasks)
+    policy = train_policy(
+        tasks,
+        encoder,
+        dataset,
+        output,
+        settings,
+        validation_tasks=validation_tasks,
+        report_to=report_to or "none",
+    )
     if json:
         write_json({"output": output, "parameters": policy.num_parameters(), "provenance": policy.config.provenance})

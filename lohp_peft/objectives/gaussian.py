@@ -68,7 +68,9 @@ def behaviour_cloning_loss(
     target: Float[Tensor, "*batch modules width"],
     sigma: float | Tensor,
     mask: Bool[Tensor, "modules width"] | None = None,
-) -> Float[Tensor, ""]:
+    *,
+    reduction: str = "mean",
+) -> Float[Tensor, "..."]:
     """Negative log-likelihood of recorded steps per real entry, without the constant: `mean of (target - mean)² / 2 sigma²`.
 
     Sigma is fixed, so its normaliser is left out; the mean over entries keeps the loss of order 1 whatever the size of
@@ -79,13 +81,20 @@ def behaviour_cloning_loss(
         target: Recorded next states, same shape; detached.
         sigma: Standard deviation, a number or a tensor broadcastable to `mean`; > 0, detached.
         mask: Real entries, shape (modules, width); None if there is no padding.
+        reduction: `"mean"`, or `"none"` for one loss per step.
 
     Returns:
-        The loss, a scalar, in nats per entry; 0 for a perfect clone.
+        The loss in nats per entry, a scalar, or shape (...) if not reduced; 0 for a perfect clone.
+
+    Raises:
+        ValueError: On an unknown reduction.
     """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'`reduction` must be "mean" or "none", got {reduction!r}.')
     standardised = (at_least_float32(target.detach()) - at_least_float32(mean)) / _sigma_like(sigma, mean).detach()
     entries = mean.shape[-2:].numel() if mask is None else mask.sum()
-    return _sum_entries(0.5 * standardised.square(), mask).mean() / entries
+    loss = _sum_entries(0.5 * standardised.square(), mask) / entries
+    return loss.mean() if reduction == "mean" else loss
 
 
 def _sigma_like(sigma: float | Tensor, mean: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ from lohp_peft.adapters.space import WeightSpace
 from lohp_peft.files import FLOAT_TYPES, read_tensors
 from lohp_peft.hub import PushReport, find_policy, push_folder
 from lohp_peft.policy.config import CONFIG_FILE, LoHpPolicyConfig
-from lohp_peft.policy.networks import FeatureNormalizer, ForwardNetwork, LogFlowNetwork
+from lohp_peft.policy.networks import FeatureNormalizer, ForwardNetwork, ItemDropout, LogFlowNetwork
 from lohp_peft.policy.reference_set import ReferenceSet
 from lohp_peft.tasks.features import TaskFeatures
 
@@ -110,6 +111,18 @@ class LoHpPolicy(PreTrainedModel):
     def reference_tensors(self) -> dict[str, Tensor]:
         """The coordinates of the features, for `task_features`."""
         return dict(self.feature_reference.named_buffers())
+
+    @contextmanager
+    def dropout_from(self, generators: Sequence[torch.Generator]) -> Iterator[None]:
+        """Draw dropout from one generator for each item of a batch, whose rows follow each other."""
+        layers = [module for module in self.modules() if isinstance(module, ItemDropout)]
+        try:
+            for layer in layers:
+                layer.generators = generators
+            yield
+        finally:
+            for layer in layers:
+                layer.generators = None
 
     def _inputs(self, features: TaskFeatures) -> tuple[TaskFeatures, Tensor]:
         modules = self.normalize_modules(features.modules.flatten(-2)).view_as(features.modules)

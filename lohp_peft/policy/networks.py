@@ -1,5 +1,7 @@
 """The networks of the policy: conditioning, gated directions, error feedback, a transformer over modules, a log flow."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
@@ -26,6 +28,24 @@ class FeatureNormalizer(nn.Module):
         return ((features - self.mean) / self.std).clamp(-4, 4)
 
 
+class ItemDropout(nn.Dropout):
+    """Dropout that can be drawn item by item, so that it does not depend on how a batch is shared among processes.
+
+    **Attributes**:
+        - **generators** -- One for each item, whose rows follow each other; `None` draws from torch's own generator.
+    """
+
+    generators: Sequence[torch.Generator] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (items * rows of each, ...), the same shape."""
+        if self.generators is None or not self.training or not 0 < self.p < 1:
+            return super().forward(x)
+        shape = (len(x) // len(self.generators), *x.shape[1:])
+        draws = torch.cat([torch.rand(shape, generator=g, device=g.device) for g in self.generators]).to(x.device)
+        return torch.where(draws >= self.p, x / (1 - self.p), 0.0)
+
+
 class Trunk(nn.Module):
     """An MLP from a support set's features and a policy step to a vector, shape (batch, hidden)."""
 
@@ -36,7 +56,7 @@ class Trunk(nn.Module):
         self.optimizer = nn.Embedding(len(config.optimizers) + 1, hidden)
         self.first = nn.Linear(size, hidden)
         self.second = nn.Linear(hidden, hidden)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = ItemDropout(config.dropout)
         nn.init.zeros_(self.step.weight)
         nn.init.zeros_(self.optimizer.weight)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lohp_peft.files import TEMPORARY_SUFFIX, parse_tensors, read_json, sha256, write_atomically
 
@@ -80,6 +81,21 @@ def check_same_shapes(folder: Path, groups: Groups, state: Mapping[str, Tensor],
         raise ValueError(
             f"The checkpoint in {folder} is of another policy, shapes (checkpoint, now): {problems}. Use a new folder."
         )
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer by "index of the parameter.name"."""
+    states = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": value for i, state in states.items() for name, value in state.items()}
+
+
+def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        i, key = name.split(".", 1)
+        state.setdefault(int(i), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _damaged(folder: Path, problem: str) -> str:

@@ -1,5 +1,6 @@
 """Configuration of stage 2."""
 
+import math
 from dataclasses import dataclass, field
 
 from lohp_peft.fields import document_fields
@@ -118,3 +119,9 @@ class PolicyLearningConfig:
                 problems.append(f"`{name}` must be a share in 0..1, got {getattr(self, name)}")
         if problems:
             raise ValueError("Policy learning: " + "; ".join(problems) + ".")
+
+    def learning_rate_share(self, step: int) -> float:
+        """Share of the learning rates at a training step: warm-up and cosine decay within each phase."""
+        first, cloning = step < self.cloning_steps, self.cloning_steps
+        done, total = (step, cloning) if first else (step - cloning, self.training_steps)
+        return min(1.0, (done + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / max(total, 1))))

@@ -1,5 +1,7 @@
 """The training losses of stage 2, each a function of the policy and a batch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from lohp_peft.objectives import (
     gaussian_log_ratio,
 )
 from lohp_peft.policy import LoHpPolicy, rollout
+from lohp_peft.policy_learning.processes import Processes
 from lohp_peft.tasks import TaskFeatures
 
 
@@ -39,15 +42,23 @@ def step_sigmas(policy: LoHpPolicy, time: int) -> Tensor:
 
 
 def cloning_loss(
-    policy: LoHpPolicy, states: Tensor, features: TaskFeatures, optimizers: Tensor, generator: torch.Generator
+    policy: LoHpPolicy,
+    states: Tensor,
+    features: TaskFeatures,
+    optimizers: Tensor,
+    generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """Behaviour cloning of recorded steps from noisy states (noise on inputs, not on targets; Ours: notes 9.3)."""
+    """Behaviour cloning of recorded steps from noisy states (noise on inputs, not on targets; Ours: notes 9.3).
+
+    Returns:
+        One loss for each recording, shape (batch,), in nats per entry; noise is drawn from a generator for each.
+    """
     sigma = step_sigmas(policy, states.shape[1] - 1)
-    noise = torch.randn(states.shape, generator=generator).to(states)
+    noise = torch.stack([torch.randn(states.shape[1:], generator=g) for g in generators]).to(states)
     noise = noise * torch.cat([torch.zeros_like(sigma[:1]), sigma])
     noisy = states + noise * policy.state_mask
     means = teacher_forced_means(policy, noisy, features, optimizers)
-    return behaviour_cloning_loss(means, states[:, 1:], sigma, policy.state_mask)
+    return behaviour_cloning_loss(means, states[:, 1:], sigma, policy.state_mask, reduction="none").mean(1)
 
 
 def segments(
@@ -59,6 +70,7 @@ def segments(
     optimizers: Tensor | None,
     temperature: float,
     tasks: Tensor | None = None,
+    processes: Processes | None = None,
 ) -> Segments:
     """Sub-trajectories with their log-probabilities against the reference and their forward-looking log flow.
 
@@ -68,12 +80,14 @@ def segments(
             backward policy fitted on the recordings.
         states: Shape (batch, time + 1, modules, width), detached here.
         losses: Relative losses of all states, shape (batch, time + 1).
-        features: Batched features.
-        optimizers: Optimizer indices, shape (batch,), or `None`.
+        features: Batched features, of this process's segments.
+        optimizers: Optimizer indices of this process's segments, or `None`.
         temperature: Loss per nat.
         tasks: Index of the task of each segment, for diagnostics.
+        processes: Those that share the segments; every one of them gets all.
     """
-    states = states.detach()
+    processes, size, every = processes or Processes(), len(states), states.detach()
+    states = every[processes.mine(size)]
     batch, time = states.shape[0], states.shape[1] - 1
     training = policy.training
     policy.eval()  # dropout would set the policy apart from its clone and fill the residuals with noise
@@ -82,8 +96,10 @@ def segments(
     optimizer = None if optimizers is None else optimizers.repeat_interleave(time + 1)
     flow = policy.log_flow(states.flatten(0, 1), step, repeat_features(features, time + 1), optimizer)
     policy.train(training)
-    flow = forward_looking_log_flow(flow.unflatten(0, (batch, time + 1)), losses, temperature)
-    return Segments(log_pf=log_pf, log_ref=log_ref, log_flow=flow, tasks=tasks, states=states)
+    log_pf, flow = processes.gather(log_pf, size), processes.gather(flow.unflatten(0, (batch, time + 1)), size)
+    log_ref = None if log_ref is None else processes.gather(log_ref, size)
+    flow = forward_looking_log_flow(flow, losses, temperature)
+    return Segments(log_pf=log_pf, log_ref=log_ref, log_flow=flow, tasks=tasks, states=every)
 
 
 def log_probabilities(
@@ -109,12 +125,12 @@ def log_probabilities(
 
 
 @torch.no_grad()
-def divergence(policy: LoHpPolicy, clone: LoHpPolicy, features: TaskFeatures) -> float:
-    """Kullback-Leibler divergence of the policy from its clone along the policy's mean rollouts, in nats a trajectory.
+def divergence(policy: LoHpPolicy, clone: LoHpPolicy, features: TaskFeatures) -> Tensor:
+    """Kullback-Leibler divergence of the policy from its clone along its mean rollouts, in nats, shape (batch,).
 
     Both are Gaussian with one covariance, so each step costs `|mean - clone's mean|² / 2 sigma²`.
     """
     states = rollout(policy, features)
     means, others = (teacher_forced_means(p, states, features, None) for p in (policy, clone))
     step = (means - others) / step_sigmas(policy, states.shape[1] - 1)
-    return float(0.5 * (step * policy.state_mask).square().sum((1, 2, 3)).mean())
+    return 0.5 * (step * policy.state_mask).square().sum((1, 2, 3))

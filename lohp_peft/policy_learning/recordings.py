@@ -65,10 +65,10 @@ class Recordings:
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def to(self, device: torch.device | str) -> "Recordings":
-        """The same on another device."""
-        moved = (self.states.to(device), self.losses.to(device), self.tasks, self.optimizers.to(device))
-        return Recordings(*moved, self.optimizer_names)
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Recordings":
+        """The same on another device, with states and losses in `dtype`."""
+        states, losses = self.states.to(device, dtype), self.losses.to(device, dtype)
+        return Recordings(states, losses, self.tasks, self.optimizers.to(device), self.optimizer_names)
 
     def scales(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Root mean square per module of final states, (modules, 1), and of steps, (time, modules, 1).
@@ -80,6 +80,11 @@ class Recordings:
         scale, steps = rms(self.states[:, -1]), rms(self.states.diff(dim=1))
         floor = 1e-3 * scale.mean().clamp(min=1e-6)
         return scale.clamp(min=float(floor)), steps.clamp(min=float(0.1 * floor))
+
+    def task_indices(self, index: Tensor) -> Tensor:
+        """The number of the task of each run in `index`, in the order of their names."""
+        names = sorted(set(self.tasks))
+        return torch.tensor([names.index(self.tasks[int(i)]) for i in index])
 
     def best_states(self) -> dict[str, Tensor]:
         """By task the final state of its run with the lowest final loss, shape (modules, width)."""

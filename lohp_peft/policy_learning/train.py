@@ -11,10 +11,12 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers import TrainerCallback
 
 from lohp_peft.adapters import base_model_fingerprint
 from lohp_peft.cards import is_hub_id
 from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, ReferenceSet
+from lohp_peft.policy_learning.callbacks import LOG_EVERY, reporters, training_arguments
 from lohp_peft.policy_learning.config import PolicyLearningConfig
 from lohp_peft.policy_learning.recordings import Recordings, fit_scales
 from lohp_peft.policy_learning.trainer import LoHpTrainer
@@ -31,7 +33,7 @@ from lohp_peft.tasks import (
 from lohp_peft.tasks.requirements import check_gradients
 from lohp_peft.trajectories import TrajectoryDataset
 
-LOG_FILE, LOG_EVERY = "log.jsonl", 10
+LOG_FILE = "log.jsonl"
 REFERENCE_SHOTS = 16
 NORMALIZER_EPISODES = 200
 
@@ -106,6 +108,8 @@ def train_policy(
     accelerator: Accelerator | None = None,
     provenance: dict[str, Any] | None = None,
     console: Console | None = None,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    report_to: str | Sequence[str] = "none",
 ) -> LoHpPolicy:
     """Learn a policy from recorded trajectories and write its folder.
 
@@ -122,6 +126,9 @@ def train_policy(
         accelerator: Mixed precision, device and processes; made from the settings when absent.
         provenance: More entries for the policy's record.
         console: Where progress and the closing table go; standard error when absent.
+        callbacks: The `Trainer`'s callbacks, see `LoHpTrainer`.
+        report_to: The `Trainer`'s reporters, such as `"tensorboard"`, `"trackio"` or `"wandb"`; what they write as
+            files goes into `output_dir`.
 
     Returns:
         The trained policy, as saved.
@@ -129,11 +136,16 @@ def train_policy(
     Raises:
         ValueError: When dataset, encoder and tasks do not belong together, naming both sides, or when `lohp+path` gets no
             gradients through the base model.
+        RuntimeError: When a reporter is not installed.
     """
     config = config or PolicyLearningConfig()
+    reporters(report_to)  # whatever is missing is said before any work
     if config.preset == "lohp+path" and config.path_weight > 0:
         check_gradients(encoder.base_model)
-    accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision, cpu=encoder.device.type == "cpu")
+    launched = (
+        None if config.mixed_precision == "no" else config.mixed_precision
+    )  # `None` is what a launcher says, or no
+    accelerator = accelerator or Accelerator(mixed_precision=launched, cpu=encoder.stays_on_cpu)
     encoder.base_model.to(accelerator.device)
     console = console or Console(stderr=True)
     output_dir = Path(output_dir)
@@ -170,7 +182,16 @@ def train_policy(
                 history.append({"step": step, **scalars})
 
         trainer = LoHpTrainer(
-            policy, bank, recordings, sampler, config, validation=validation, accelerator=accelerator, log=log
+            policy,
+            bank,
+            recordings,
+            sampler,
+            config,
+            validation=validation,
+            accelerator=accelerator,
+            log=log,
+            callbacks=callbacks,
+            arguments=training_arguments(config, accelerator, output_dir, report_to),
         )
         progress.update(bar, total=trainer.total_steps)
         trainer.train(output_dir / "checkpoint")

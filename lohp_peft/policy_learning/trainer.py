@@ -7,18 +7,27 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments
 
 from lohp_peft.objectives import BackwardReference, hybrid_loss, schedule_fractions
 from lohp_peft.policy import LoHpPolicy, rollout
-from lohp_peft.policy_learning.checkpoint import Groups, check_same_shapes, read_checkpoint, write_checkpoint
+from lohp_peft.policy_learning.callbacks import LOG_EVERY, Events, training_arguments
+from lohp_peft.policy_learning.checkpoint import (
+    Groups,
+    check_same_shapes,
+    load_optimizer,
+    optimizer_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
 from lohp_peft.policy_learning.config import PolicyLearningConfig
 from lohp_peft.policy_learning.losses import cloning_loss, divergence, segments
 from lohp_peft.policy_learning.on_policy import OnPolicy, episode_features, reference_temperature
+from lohp_peft.policy_learning.processes import Processes, check_whole_policy
 from lohp_peft.policy_learning.recordings import Recordings
 from lohp_peft.policy_learning.replay_buffer import ReplayBuffer
 from lohp_peft.tasks import Episode, EpisodeSampler, TaskBank, TaskFeatures
@@ -31,9 +40,9 @@ Log = Callable[[int, Mapping[str, float]], None]
 class LoHpTrainer:
     """Trains a [`LoHpPolicy`] on recordings (off-policy), rollouts (on-policy) and splices of both.
 
-    Every random number is keyed by (seed, training step, purpose), so that an interrupted run that resumes equals an
-    uninterrupted one, bit for bit. Gradients are averaged over processes; rollouts are the same in all of them, and
-    each replays its share.
+    Every random number is keyed by (seed, training step, purpose, index in the global batch): an interrupted run that
+    resumes equals an uninterrupted one, bit for bit, and several processes that share a batch learn what one does, up to
+    the order of sums. It computes in the type of the policy, float32 or float64.
 
     Args:
         policy: The policy, with space, scales and normalisers fitted.
@@ -43,7 +52,12 @@ class LoHpTrainer:
         config: Settings.
         validation: Fixed validation episodes and the bank that holds their tasks, or `None`.
         accelerator: Device placement, mixed precision and processes.
-        log: Called with the training step and its scalars.
+        log: Called with the training step and its scalars, after every step.
+        callbacks: The `Trainer`'s callbacks; they may ask for validation, a checkpoint, a log or the end.
+        arguments: What callbacks see of the settings, with the reporters in `report_to`; made from `config` when absent.
+
+    Raises:
+        RuntimeError: When the accelerator would take the policy apart, see `check_whole_policy`, or reporters are missing.
     """
 
     def __init__(
@@ -57,10 +71,14 @@ class LoHpTrainer:
         validation: tuple[TaskBank, Sequence[Episode]] | None = None,
         accelerator: Accelerator | None = None,
         log: Log | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        arguments: TrainingArguments | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
+        check_whole_policy(self.accelerator)
+        self.processes = Processes(self.accelerator)
         self.policy = policy.to(self.accelerator.device)
-        self.bank, self.recordings = bank, recordings.to(self.accelerator.device)
+        self.bank, self.recordings = bank, recordings.to(self.accelerator.device, policy.dtype)
         self.sampler, self.config = sampler, config
         self.validation, self.log = validation, log or (lambda step, scalars: None)
         self.reference: LoHpPolicy | BackwardReference | None = None
@@ -78,12 +96,14 @@ class LoHpTrainer:
         self.optimizer = self.accelerator.prepare(torch.optim.Adam(groups))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.best_weights: dict[str, Tensor] = {}
+        arguments = arguments or training_arguments(config, self.accelerator, "trainer_output")
+        self.events = Events(callbacks, arguments, policy, self.optimizer, self.accelerator, config, self.total_steps)
 
     @property
     def total_steps(self) -> int:
         """Training steps of both phases."""
-        hybrid = 0 if self.config.preset == "behaviour_cloning" else self.config.training_steps
-        return self.config.cloning_steps + hybrid
+        config = self.config
+        return config.cloning_steps + (0 if config.preset == "behaviour_cloning" else config.training_steps)
 
     def train(self, folder: Path | None = None) -> LoHpPolicy:
         """Run to the end, from the checkpoint in `folder` when there is one, and load the best validated weights.
@@ -93,32 +113,51 @@ class LoHpTrainer:
         """
         if folder is not None and (folder / "state.json").is_file():
             self.load(folder)
-        while self.step < self.total_steps:
-            if self.step == self.config.cloning_steps and self.reference is None:
-                self._start_hybrid_phase()
-            scalars = self.training_step()
-            self.step += 1
-            due = self.step % self.config.validate_every == 0 or self.step == self.total_steps
-            if self.validation is not None and due:
-                scalars |= self.validate()
-                scalars |= self._refresh_reference(scalars["validation_loss"])
-            self.log(self.step, scalars)
-            if folder is not None and (self.step % self.config.save_every == 0 or self.step == self.total_steps):
-                self.save(folder)
+        self.processes.agree(self.step, "The training step to continue from (a checkpoint that all of them can read)")
+        self.events.at(self.step)
+        self.events("train_begin")
+        while self.step < self.total_steps and not self.events.control.should_training_stop:
+            self._one_step(folder)
         if self.best_weights:
             self.policy.load_state_dict(self.best_weights)
+        self.events("train_end")
         return self.policy.eval()
+
+    def _one_step(self, folder: Path | None) -> None:
+        """A training step and what is due after it."""
+        config, events = self.config, self.events
+        if self.step == config.cloning_steps and self.reference is None:
+            self._start_hybrid_phase()
+        events("step_begin")
+        scalars = self.training_step()
+        self.step += 1
+        events.at(self.step)
+        events("step_end")
+        last = self.step == self.total_steps
+        validates = self.step % config.validate_every == 0 or last or events.control.should_evaluate
+        if self.validation is not None and validates:
+            scores = self.validate()
+            scalars |= scores | self._refresh_reference(scores["validation_loss"])
+            events.validated(scores, self.best)
+        last = last or events.control.should_training_stop
+        self.log(self.step, scalars)
+        if self.step % LOG_EVERY == 0 or "validation_loss" in scalars or last or events.control.should_log:
+            events.log(scalars)
+        if folder is not None and (self.step % config.save_every == 0 or last or events.control.should_save):
+            self.save(folder)
+            events("save")
 
     def training_step(self) -> dict[str, float]:
         """The losses and diagnostics, by name, of one training step, which is taken."""
         self.policy.train()
-        torch.manual_seed(self._key("dropout", self.accelerator.process_index))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self._schedule()
+            group["lr"] = rate * self.config.learning_rate_share(self.step)
         with self.accelerator.autocast():
             losses, scalars = self._cloning_phase() if self.reference is None else self._hybrid_phase()
         scalars |= self._accumulate(losses)
+        self.events("pre_optimizer_step")
         self.optimizer.step()
+        self.events("optimizer_step")
         return scalars
 
     def _accumulate(self, losses: Mapping[str, tuple[Tensor, float]]) -> dict[str, float]:
@@ -127,44 +166,32 @@ class LoHpTrainer:
         (Ours: residuals of SubTB are squares of nats and come in any size; clipped together they drowned the others.)
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        totals = [torch.zeros_like(p) for p in parameters]
+        total = torch.zeros_like(torch.nn.utils.parameters_to_vector(parameters))
         scalars: dict[str, float] = {}
         for name, (loss, weight) in losses.items():
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            if self.accelerator.num_processes > 1:
-                gradients = tuple(
-                    self.accelerator.reduce(torch.zeros_like(p) if g is None else g, reduction="mean")
-                    for g, p in zip(gradients, parameters, strict=True)
-                )
-            norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
-            if not torch.isfinite(loss) or not torch.isfinite(norm):
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            gradient = self.processes.sum(torch.cat([g.flatten() for g in gradients]))
+            norm = gradient.norm()
+            if not (loss.isfinite() and norm.isfinite()):
                 raise RuntimeError(
                     f"Policy learning diverged at training step {self.step}: {name} is {loss.item()}, its gradient norm "
                     f"{norm.item()}. Lower `learning_rate`, `kl_target` (which raises the temperature) or the loss's weight."
                 )
             scale = weight * min(1.0, self.config.max_grad_norm / (norm.item() + 1e-12))
-            for total, gradient in zip(totals, gradients, strict=True):
-                if gradient is not None:
-                    total.add_(gradient, alpha=scale)
+            total.add_(gradient, alpha=scale)
             scalars |= {name: loss.item(), f"{name}_grad_norm": norm.item()}
-        for parameter, total in zip(parameters, totals, strict=True):
-            parameter.grad = total
+        for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
         return scalars
 
     def _cloning_phase(self) -> tuple[dict[str, tuple[Tensor, float]], dict[str, float]]:
-        index, features, optimizers = self._recorded_batch()
-        generator = self._generator("noise", self.accelerator.process_index)
-        loss = cloning_loss(self.policy, self.recordings.states[index], features, optimizers, generator)
-        return {"cloning": (loss, 1.0)}, {}
+        return {"cloning": (self._cloning_loss(*self._recorded_batch()), 1.0)}, {}
 
     def _hybrid_phase(self) -> tuple[dict[str, tuple[Tensor, float]], dict[str, float]]:
         config = self.config
         scalars: dict[str, float] = {}
         index, features, optimizers = self._recorded_batch()
-        states = self.recordings.states[index]
-        generator = self._generator("noise", self.accelerator.process_index)
-        cloning = cloning_loss(self.policy, states, features, optimizers, generator)
-        losses = {"cloning": (cloning, config.cloning_weight)}
+        losses = {"cloning": (self._cloning_loss(index, features, optimizers), config.cloning_weight)}
         if config.subtb_weight > 0:
             batches = self._segments(index, features, optimizers)
             progress = (self.step - config.cloning_steps) / max(config.training_steps, 1)
@@ -180,6 +207,13 @@ class LoHpTrainer:
             losses["path"] = (self._path_loss(), config.path_weight)
         return losses, scalars
 
+    def _cloning_loss(self, index: Tensor, features: TaskFeatures, optimizers: Tensor) -> Tensor:
+        mine = self.processes.mine(len(index))
+        states, noise = self.recordings.states[index[mine]], self._generators("noise", mine)
+        with self.policy.dropout_from(self._generators("dropout", mine)):
+            losses = cloning_loss(self.policy, states, features, optimizers, noise)
+        return self.processes.gather(losses, len(index)).mean()
+
     def _calibrated_losses(self, bank: TaskBank, episodes: Sequence[Episode], states: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         return bank.episode_losses(episodes, states, head=config.head, ridge=config.ridge, calibrated=True)
@@ -189,16 +223,19 @@ class LoHpTrainer:
 
         The reward of SubTB stays at the fixed temperature that recordings were scored at.
         """
-        episodes = self._episodes("path", self._share(self.config.batch_size))
-        features = self._features(episodes)
-        states = rollout(self.policy, features)
+        size = self.config.batch_size
+        mine = self.processes.mine(size)
+        episodes = [self.sampler.sample(generator) for generator in self._generators("path", mine)]
+        with self.policy.dropout_from(self._generators("path_dropout", mine)):
+            states = rollout(self.policy, self._features(episodes))
         losses, _ = self._calibrated_losses(self.bank, episodes, states[:, -1:])
-        loss = losses.mean()
+        loss = self.processes.gather(losses, size).mean()
         if self.config.path_prefix_weight > 0 and self.config.policy_steps > 1:
             generator = self._generator("prefix")
             k = 1 + int(torch.randint(self.config.policy_steps - 1, (1,), generator=generator))
             early, _ = self._calibrated_losses(self.bank, episodes, states[:, k : k + 1])
-            loss = (1 - self.config.path_prefix_weight) * loss + self.config.path_prefix_weight * early.mean()
+            early = self.processes.gather(early, size).mean()
+            loss = (1 - self.config.path_prefix_weight) * loss + self.config.path_prefix_weight * early
         return loss
 
     def _segments(self, index: Tensor, features: TaskFeatures, optimizers: Tensor) -> dict:
@@ -215,7 +252,8 @@ class LoHpTrainer:
                 features,
                 optimizers,
                 self.temperature,
-                self._task_indices(index),
+                self.recordings.task_indices(index),
+                self.processes,
             )
         if self.config.mode != "off_policy":
             if (self.step - self.config.cloning_steps) % self.config.on_policy_every == 0:
@@ -223,17 +261,17 @@ class LoHpTrainer:
                 self.buffer.add(self.on_policy.fresh(self._generator("rollout"), splice=self.config.mode == "hybrid"))
                 self.policy.train()
             replayed = self.buffer.sample(self.config.recorded_batch_size, self._generator("replay"))
-            replayed = self._mine(replayed)
             for source, wanted in (("on_policy", False), ("spliced", True)):
                 batch = [item for item in replayed if (item.prefix > 0) == wanted]
                 if batch:
                     states = torch.stack([item.states for item in batch])
                     losses = torch.stack([item.losses for item in batch])
-                    of = TaskFeatures.stack([item.features for item in batch])
+                    of = TaskFeatures.stack([batch[i].features for i in self.processes.mine(len(batch))])
                     # Rollouts of one support set share their features, bit for bit.
-                    tasks = torch.unique(of.labels, dim=0, return_inverse=True)[1]
+                    labels = torch.stack([item.features.labels for item in batch])
+                    tasks = torch.unique(labels, dim=0, return_inverse=True)[1]
                     made[source] = segments(
-                        self.policy, self.reference, states, losses, of, None, self.temperature, tasks
+                        self.policy, self.reference, states, losses, of, None, self.temperature, tasks, self.processes
                     )
         return made
 
@@ -264,9 +302,11 @@ class LoHpTrainer:
         """
         if self.validation is None or not isinstance(self.reference, LoHpPolicy) or self.config.subtb_weight == 0:
             return {}
-        bank, episodes = self.validation
+        bank, episodes = self.validation[0], self.validation[1][:8]
         self.policy.eval()
-        nats = divergence(self.policy, self.reference, self._features(episodes[:8], bank))
+        mine = [episodes[i] for i in self.processes.mine(len(episodes))]
+        found = divergence(self.policy, self.reference, self._features(mine, bank))
+        nats = float(self.processes.gather(found, len(episodes)).mean())
         if not (validation_loss < self.reference_loss and nats > self.config.refresh_kl):
             return {"divergence": nats}
         self.reference_loss = validation_loss
@@ -290,14 +330,12 @@ class LoHpTrainer:
             raise RuntimeError("This trainer has no validation episodes.")
         bank, episodes = self.validation
         self.policy.eval()
-        losses, accuracies = [], []
-        for episode in episodes:
-            features = self._features([episode], bank)
-            final = rollout(self.policy, features)[:, -1:]
-            loss, accuracy = self._calibrated_losses(bank, [episode], final)
-            losses.append(float(loss))
-            accuracies.append(float(accuracy))
-        return {"validation_loss": fmean(losses), "validation_accuracy": fmean(accuracies)}
+        found = []
+        for i in self.processes.mine(len(episodes)):
+            final = rollout(self.policy, self._features([episodes[i]], bank))[:, -1:]
+            found.append(torch.stack([x.view(()) for x in self._calibrated_losses(bank, [episodes[i]], final)]))
+        loss, accuracy = self.processes.gather(torch.stack(found), len(episodes)).double().mean(0).tolist()
+        return {"validation_loss": loss, "validation_accuracy": accuracy}
 
     def save(self, folder: Path) -> None:
         """Write everything needed to continue into `folder`, atomically, without pickle."""
@@ -312,8 +350,7 @@ class LoHpTrainer:
             groups["reference"] = self.reference.to_tensors()
         elif self.reference is not None:
             groups["reference"] = self.reference.state_dict()
-        states = self.optimizer.state_dict()["state"]
-        groups["optimizer"] = {f"{i}.{k}": v for i, state in states.items() for k, v in state.items()}
+        groups["optimizer"] = optimizer_tensors(self.optimizer)
         record = {"best": list(self.best), "temperature": self.temperature, "reference_loss": self.reference_loss}
         write_checkpoint(folder, self.step, groups, {**record, "config": asdict(self.config)})
 
@@ -331,11 +368,7 @@ class LoHpTrainer:
         self._load_reference(groups)
         self.best_weights = groups.get("best", {})
         self.buffer.load_state_dict(groups.get("buffer", {}))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in groups.get("optimizer", {}).items():
-            i, key = name.split(".", 1)
-            state.setdefault(int(i), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        load_optimizer(self.optimizer, groups.get("optimizer", {}))
         self.step, self.temperature = record["step"], record["temperature"]
         self.best, self.reference_loss = (record["best"][0], int(record["best"][1])), record["reference_loss"]
 
@@ -349,42 +382,23 @@ class LoHpTrainer:
         self.reference.load_state_dict(groups["reference"])
 
     def _recorded_batch(self) -> tuple[Tensor, TaskFeatures, Tensor]:
-        """Recorded runs with features of fresh support draws; optimizer tokens are hidden at random."""
-        generator = self._generator("recorded", self.accelerator.process_index)
-        index = self.recordings.sample(self._share(self.config.recorded_batch_size), generator, self.sampler.rows)
-        episodes = [self.sampler.whole_task_episode(self.recordings.tasks[int(i)], generator) for i in index]
-        hidden = torch.rand(len(index), generator=generator) < self.config.optimizer_dropout
+        """Recorded runs; of this process's, features of fresh support draws and optimizers, hidden at random."""
+        size = self.config.recorded_batch_size
+        index = self.recordings.sample(size, self._generator("recorded"), self.sampler.rows)
+        mine = self.processes.mine(size)
+        runs, generators = index[mine], self._generators("support", mine)
+        names = [self.recordings.tasks[int(i)] for i in runs]
+        episodes = [self.sampler.whole_task_episode(name, g) for name, g in zip(names, generators, strict=True)]
+        hidden = torch.stack([torch.rand((), generator=g) for g in generators]) < self.config.optimizer_dropout
         hidden = hidden.to(self.recordings.optimizers.device)
-        return index, self._features(episodes), self.recordings.optimizers[index].masked_fill(hidden, 0)
-
-    def _task_indices(self, index: Tensor) -> Tensor:
-        names = sorted(set(self.recordings.tasks))
-        return torch.tensor([names.index(self.recordings.tasks[int(i)]) for i in index])
+        return index, self._features(episodes), self.recordings.optimizers[runs].masked_fill(hidden, 0)
 
     def _features(self, episodes: Sequence[Episode], bank: TaskBank | None = None) -> TaskFeatures:
         return episode_features(self.policy, bank or self.bank, episodes)
 
-    def _episodes(self, purpose: str, count: int) -> list[Episode]:
-        first = self.accelerator.process_index * count
-        return [self.sampler.sample(self._generator(purpose, first + i)) for i in range(count)]
-
-    def _mine(self, items: list) -> list:
-        """This process's share of what all of them hold; never empty, for all have to take part in the reduction."""
-        index, count = self.accelerator.process_index, self.accelerator.num_processes
-        return [items[i % len(items)] for i in range(index, max(len(items), count), count)] if items else []
-
-    def _share(self, size: int) -> int:
-        return max(1, size // self.accelerator.num_processes)
-
-    def _schedule(self) -> float:
-        """Warm-up and cosine decay within each phase."""
-        first, cloning = self.step < self.config.cloning_steps, self.config.cloning_steps
-        done, total = (self.step, cloning) if first else (self.step - cloning, self.config.training_steps)
-        return min(1.0, (done + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / max(total, 1))))
-
-    def _key(self, purpose: str, index: int = 0) -> int:
-        text = f"{self.config.seed}/{self.step}/{purpose}/{index}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
     def _generator(self, purpose: str, index: int = 0) -> torch.Generator:
-        return torch.Generator().manual_seed(self._key(purpose, index))
+        text = f"{self.config.seed}/{self.step}/{purpose}/{index}"
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+
+    def _generators(self, purpose: str, indices: Sequence[int]) -> list[torch.Generator]:
+        return [self._generator(purpose, i) for i in indices]

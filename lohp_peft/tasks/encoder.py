@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -190,6 +192,14 @@ class TextEncoder:
     def device(self) -> torch.device:
         """Device of the base model."""
         return next(self.base_model.parameters()).device
+
+    @property
+    def stays_on_cpu(self) -> bool:
+        """Whether a run should leave the base model on the CPU: it is there, and no launcher gave an accelerator."""
+        given = (
+            "LOCAL_RANK" in os.environ and torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+        )
+        return self.device.type == "cpu" and not given
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:

@@ -154,14 +154,14 @@ def support_errors(embeddings: Tensor, labels: Tensor, n_classes: int) -> tuple[
     of it, and a policy that imitates optimizers has to know it; leave-one-out, because the head fits its own examples).
 
     Args:
-        embeddings: Shape (n, d).
+        embeddings: Shape (n, d), float32 or wider.
         labels: Class indices, shape (n,).
         n_classes: Number of classes.
 
     Returns:
         Errors, shape (n, d), of the mean loss over classes; leave-one-out loss in nats and error rate, scalars.
     """
-    x = normalize(embeddings.float(), dim=-1)
+    x = normalize(embeddings, dim=-1)
     head, logits = leave_one_out(x, labels, n_classes)
     wrong = one_hot(labels, n_classes).to(x.dtype) - logits.softmax(-1)
     count = one_hot(labels, n_classes).sum(0)
@@ -175,7 +175,7 @@ def task_features(
 ) -> TaskFeatures:
     """The features of one support set in the coordinates of `reference`.
 
-    Computed in float32 on the device of `reference`. The moments stand for the gradient of a module's update: with the
+    Computed on the device of `reference` and in its type, float32 or wider. The moments stand for the gradient of a module's update: with the
     mean over tokens in the place of each token and a learned matrix of the policy in the place of the Jacobian from
     module to embedding, `matrix @ moments` is that gradient (Known: 1609.01596, direct feedback alignment; as features
     of a policy, Ours).
@@ -186,12 +186,14 @@ def task_features(
         n_classes: Number of classes.
         reference: From `fit_reference`.
     """
-    device = reference["axes"].device
-    labels, embeddings, inner = labels.to(device), statistics.embeddings.to(device), statistics.modules.to(device)
+    device, dtype = reference["axes"].device, torch.promote_types(reference["axes"].dtype, torch.float32)
+    reference = {name: tensor.to(dtype) for name, tensor in reference.items()}
+    labels, embeddings = labels.to(device), statistics.embeddings.to(device, dtype)
+    inner = statistics.modules.to(device, dtype)
     with torch.autocast(device.type, enabled=False):
-        x = (normalize(embeddings.float(), dim=-1) - reference["embedding_mean"]) @ reference["axes"]
+        x = (normalize(embeddings, dim=-1) - reference["embedding_mean"]) @ reference["axes"]
         x = x / reference["axes_std"]
-        modules = (inner.float() - reference["module_mean"]) / reference["module_std"]
+        modules = (inner - reference["module_mean"]) / reference["module_std"]
         ratios = log_f_ratio(x, labels, n_classes)
         sizes = torch.tensor([math.log(n_classes), math.log(len(labels) / n_classes)], dtype=x.dtype, device=x.device)
         module_ratios = log_f_ratio(modules.flatten(1), labels, n_classes).view(modules.shape[1:])

@@ -72,7 +72,8 @@ def prepare_trajectories(
         encoder: Encoder of the frozen base model; its weight space is the one recorded.
         output_dir: Folder of the dataset.
         config: What to record.
-        accelerator: Moves the base model to its device; `None` leaves it where it is.
+        accelerator: Moves the base model to its device; `None` leaves it where it is, but for an accelerator that a
+            launcher such as `accelerate launch` gave to this process.
         console: Where progress and the closing table go; `None` is standard error, `Console(quiet=True)` is silence.
 
     Returns:
@@ -84,9 +85,9 @@ def prepare_trajectories(
     """
     config = config or WeightPreparationConfig()
     console = console or Console(stderr=True)
-    process = accelerator or PartialState()
-    if accelerator is not None:
-        encoder.base_model.to(accelerator.device)
+    process = accelerator or PartialState(cpu=encoder.stays_on_cpu)
+    if accelerator is not None or (encoder.device.type == "cpu" and not encoder.stays_on_cpu):
+        encoder.base_model.to(process.device)
     check_gradients(encoder.base_model)
     rows = select_all_rows(tasks, config)
     dataset = _open_or_create(Path(output_dir), encoder, config, process)

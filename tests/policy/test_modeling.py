@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import CoreSpace, LoraBSpace
 from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, rollout
+from lohp_peft.policy.networks import ItemDropout
 from lohp_peft.tasks import TaskFeatures, TextEncoder
 from tiny import build_encoder, build_policy, features_of
 
@@ -222,3 +223,26 @@ def test_config_errors_list_all():
         LoHpPolicyConfig(r=0, policy_steps=0)
     with pytest.raises(ValueError, match="hidden_size=10, num_heads=4"):
         LoHpPolicyConfig(hidden_size=10)
+
+
+def test_dropout_of_an_item_does_not_depend_on_its_company():
+    dropout, x = ItemDropout(0.25), torch.ones(4 * 50, 30)
+    generators = lambda items: [torch.Generator().manual_seed(i) for i in items]  # noqa: E731
+    dropout.generators = generators(range(4))
+    together = dropout(x).view(4, 50, 30)
+    dropout.generators = generators([2, 1])
+    apart = dropout(x[:100]).view(2, 50, 30)
+    assert apart.equal(together[[2, 1]])
+    assert not together[0].equal(together[1])
+    assert together.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    assert float((together == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+    assert dropout.eval()(x).equal(x)
+
+
+def test_dropout_is_by_item_only_where_it_is_asked_for(policy):
+    layers = [module for module in policy.modules() if isinstance(module, ItemDropout)]
+    generators = [torch.Generator()]
+    with policy.dropout_from(generators):
+        assert all(layer.generators is generators for layer in layers)
+    assert layers
+    assert all(layer.generators is None for layer in layers)

@@ -22,12 +22,16 @@ def encoder():
     return build_encoder(adapted=(1, 2))
 
 
-@pytest.fixture(scope="session")
-def bank(encoder):
-    bank = TaskBank(encoder, rows_per_task=40, dtype=torch.float32)
+def build_bank(encoder, dtype=torch.float32):
+    bank = TaskBank(encoder, rows_per_task=40, dtype=dtype)
     for task in TASKS:
         bank.add(task)
     return bank
+
+
+@pytest.fixture(scope="session")
+def bank(encoder):
+    return build_bank(encoder)
 
 
 def build_trajectory(space, task="spam", optimizer="adamw", seed=0, time=6, **changes):
@@ -48,10 +52,14 @@ def build_trajectory(space, task="spam", optimizer="adamw", seed=0, time=6, **ch
     return Trajectory(**{**values, **changes})
 
 
+def build_trajectories(space):
+    names = [(task.name, optimizer) for task in TASKS for optimizer in ("adamw", "sam")]
+    return [build_trajectory(space, *name, seed=seed) for seed, name in enumerate(names)]
+
+
 @pytest.fixture(scope="session")
 def trajectories(encoder):
-    names = [(task.name, optimizer) for task in TASKS for optimizer in ("adamw", "sam")]
-    return [build_trajectory(encoder.space, *name, seed=seed) for seed, name in enumerate(names)]
+    return build_trajectories(encoder.space)
 
 
 @pytest.fixture
@@ -80,27 +88,32 @@ def tiny_config(**changes):
     return PolicyLearningConfig(**{**settings, **changes})
 
 
+def make_trainer(encoder, bank, recordings, *, validate=False, dropout=0.2, options=(), **changes):
+    """A trainer of a fresh policy, the same for the same arguments, in the type of the base model."""
+    torch.manual_seed(0)
+    policy = build_policy(encoder, dropout=dropout)
+    fit_scales(policy, recordings)
+    sampler = EpisodeSampler(bank.labels, [["spam", "ham"]], support_size=12, query_size=12)
+    generator = torch.Generator().manual_seed(3)
+    validation = (bank, [sampler.sample(generator) for _ in range(2)]) if validate else None
+    return LoHpTrainer(
+        policy.to(encoder.base_model.dtype),
+        bank,
+        recordings,
+        sampler,
+        tiny_config(**changes),
+        validation=validation,
+        accelerator=Accelerator(cpu=True),
+        **dict(options),
+    )
+
+
 @pytest.fixture
 def build_trainer(encoder, bank, recordings):
-    """A trainer of a fresh policy, the same for the same arguments."""
+    """See `make_trainer`."""
 
-    def build(log=None, validate=False, recordings=recordings, dropout=0.2, **changes):
-        torch.manual_seed(0)
-        policy = build_policy(encoder, dropout=dropout)
-        fit_scales(policy, recordings)
-        sampler = EpisodeSampler(bank.labels, [["spam", "ham"]], support_size=12, query_size=12)
-        generator = torch.Generator().manual_seed(3)
-        validation = (bank, [sampler.sample(generator) for _ in range(2)]) if validate else None
-        return LoHpTrainer(
-            policy,
-            bank,
-            recordings,
-            sampler,
-            tiny_config(**changes),
-            validation=validation,
-            accelerator=Accelerator(cpu=True),
-            log=log,
-        )
+    def build(log=None, recordings=recordings, options=(), **changes):
+        return make_trainer(encoder, bank, recordings, options={"log": log, **dict(options)}, **changes)
 
     return build
 

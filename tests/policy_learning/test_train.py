@@ -49,6 +49,24 @@ def test_recordings_in_policy_out(encoder, dataset, tmp_path):
     assert_same_weights(again.state_dict(), policy.state_dict())  # from its checkpoint
 
 
+def test_tensorboard_gets_the_scalars(encoder, dataset, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(encoder, dataset, tmp_path / "policy", report_to=["tensorboard"])
+    (folder,) = (tmp_path / "policy" / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"train/cloning", "train/subtb", "train/path"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/cloning")] == [4]
+
+
+def test_a_reporter_that_is_missing_is_said_before_any_work(encoder, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(RuntimeError, match="`report_to` needs packages that are not installed: WandbCallback"):
+        train(encoder, dataset, tmp_path / "policy", report_to="wandb")
+    assert not (tmp_path / "policy").exists()
+
+
 @pytest.mark.parametrize("name", ["someone/tiny-bert", "tiny-bert"])
 def test_a_hub_id_stays_whole_and_comes_from_the_base_model(encoder, dataset, tmp_path, name):
     encoder.base_model.config._name_or_path = name

@@ -135,7 +135,7 @@ def test_behaviour_cloning_recovers_a_known_trajectory(build_trainer, encoder):
         preset="behaviour_cloning", recordings=recordings, cloning_steps=600, learning_rate=0.02, dropout=0.0
     )
     policy, goal = trainer.policy, recordings.states[0]
-    features = trainer._features(trainer._episodes("test", 3))
+    features = trainer._features([trainer.sampler.sample(g) for g in trainer._generators("test", range(3))])
 
     def error():
         with torch.no_grad():
@@ -321,14 +321,3 @@ def test_tasks_without_episodes_do_not_count_in_path_costs(build_trainer):
     del trainer.sampler.rows["ham"]  # as if its classes were too small
     costs = on_policy_module._path_costs(trainer.on_policy, trainer.reference, torch.Generator().manual_seed(0))
     assert costs.shape == (4,)
-
-
-@pytest.mark.parametrize(("items", "count"), [(5, 2), (2, 4), (1, 3), (6, 3)])
-def test_every_process_replays_something_and_together_all(build_trainer, monkeypatch, items, count):
-    trainer, shares = build_trainer(), []
-    for index in range(count):
-        fake = type("Processes", (), {"process_index": index, "num_processes": count})
-        monkeypatch.setattr(trainer, "accelerator", fake)
-        shares.append(trainer._mine(list(range(items))))
-    assert all(shares)
-    assert {item for share in shares for item in share} == set(range(items))

@@ -239,3 +239,17 @@ def test_the_tokenizers_fingerprint_is_its_vocabulary():
     assert tokenizer_fingerprint(other) != before
     tokenizer.add_tokens(["a new one"])
     assert tokenizer_fingerprint(tokenizer) != before
+
+
+@pytest.mark.parametrize(
+    ("rank", "gpu", "told", "stays"),
+    [(None, True, None, True), ("0", False, None, True), ("0", True, None, False), ("0", True, "true", True)],
+)
+def test_a_launched_process_uses_the_accelerator_it_was_given(monkeypatch, rank, gpu, told, stays):
+    encoder = build_encoder()
+    for name, value in (("LOCAL_RANK", rank), ("ACCELERATE_USE_CPU", told)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert encoder.stays_on_cpu == stays

@@ -1,0 +1,131 @@
+import pytest
+from accelerate import Accelerator, DistributedType
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+from lohp_peft.policy_learning import callbacks as callbacks_module
+from lohp_peft.policy_learning.callbacks import Events, reporters, training_arguments
+from policy_learning.conftest import assert_same_weights, tiny_config
+
+
+class Remember(TrainerCallback):
+    """Every event with the training step it came at."""
+
+    def __init__(self):
+        self.events, self.logs, self.metrics = [], {}, {}
+
+    def __getattribute__(self, name):
+        if name.startswith("on_") and name not in ("on_log", "on_evaluate"):
+            return lambda args, state, control, **kwargs: self.events.append((name, state.global_step))
+        return super().__getattribute__(name)
+
+    def on_log(self, args, state, control, logs, model, **kwargs):
+        self.events.append(("on_log", state.global_step))
+        self.logs[state.global_step], self.model = logs, model
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.events.append(("on_evaluate", state.global_step))
+        self.metrics[state.global_step] = metrics, state.best_metric
+
+    def steps(self, name):
+        return [step for event, step in self.events if event == name]
+
+
+class AskAt(TrainerCallback):
+    def __init__(self, step, **wishes):
+        self.step, self.wishes = step, wishes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for name, value in self.wishes.items():
+                setattr(control, name, value)
+        return control
+
+
+def test_the_trainers_events_come_in_their_order(build_trainer, tmp_path):
+    remember, seen = Remember(), {}
+    trainer = build_trainer(
+        validate=True,
+        log=lambda step, scalars: seen.update({step: dict(scalars)}),
+        options={"callbacks": [remember]},
+        save_every=3,
+        validate_every=4,
+    )
+    trainer.train(tmp_path)
+    step = ["on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"]
+    names = [name for name, _ in remember.events]
+    assert names[:6] == ["on_init_end", "on_train_begin", *step]
+    assert names[-4:] == ["on_evaluate", "on_log", "on_save", "on_train_end"]
+    assert names.count("on_train_begin") == names.count("on_train_end") == 1
+    assert remember.steps("on_step_end") == list(range(1, 9))
+    assert remember.steps("on_evaluate") == remember.steps("on_log") == [4, 8]
+    assert remember.steps("on_save") == [3, 6, 8]
+    assert remember.logs[8] == seen[8]
+    assert {"cloning", "subtb", "path", "validation_accuracy", "validation_loss"} <= remember.logs[8].keys()
+    assert remember.metrics[4][0].keys() == {"eval_loss", "eval_accuracy"}
+    assert remember.metrics[4][1] is None  # the best so far is known after it, as early stopping needs
+    assert remember.metrics[8][1] == seen[4]["validation_loss"]
+    assert remember.model is trainer.policy
+    assert trainer.events.state.log_history[-1]["step"] == trainer.events.state.max_steps == 8
+
+
+def test_callbacks_do_not_change_what_is_learned(build_trainer):
+    plain, watched = build_trainer(), build_trainer(options={"callbacks": [Remember]})
+    assert_same_weights(watched.train().state_dict(), plain.train().state_dict())
+
+
+def test_callbacks_may_ask_for_a_checkpoint_a_log_a_validation_and_the_end(build_trainer, tmp_path):
+    remember = Remember()
+    ask = AskAt(5, should_save=True, should_log=True, should_evaluate=True, should_training_stop=True)
+    rhythm = {"save_every": 100, "validate_every": 100}
+    trainer = build_trainer(validate=True, options={"callbacks": [ask, remember]}, **rhythm)
+    trainer.train(tmp_path)
+    for event in ("on_save", "on_log", "on_evaluate", "on_train_end"):
+        assert remember.steps(event) == [5]
+    assert trainer.step == 5
+    again = build_trainer(validate=True, **rhythm)
+    again.train(tmp_path)
+    assert again.step == 8  # it continues where it was stopped
+
+
+def test_the_trainers_early_stopping(build_trainer, monkeypatch):
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = build_trainer(validate=True, options={"callbacks": [stopping]}, validate_every=1)
+    # The fourth is the clone's, at the start of the hybrid phase.
+    scores = iter([3.0, 2.0, 2.5, 9.0, 2.6, 1.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(
+        trainer, "_validation_scores", lambda: {"validation_loss": next(scores), "validation_accuracy": 0.5}
+    )
+    trainer.train()
+    assert (trainer.step, trainer.best) == (4, (2.0, 2))  # after two worse ones
+
+
+def test_reporters_that_are_missing_are_named_before_any_work(monkeypatch):
+    module = "transformers.integrations.integration_utils"
+    for name in ("wandb", "trackio"):
+        monkeypatch.setattr(f"{module}.is_{name}_available", lambda: False)
+    with pytest.raises(RuntimeError, match="(?s)not installed: .*wandb.*trackio.*leave the name out"):
+        reporters(["wandb", "trackio"])
+    with pytest.raises(ValueError, match="wanddb is not supported"):
+        reporters("wanddb")
+    assert reporters("none") == []
+
+
+def test_reporters_of_the_arguments_are_called(build_trainer, monkeypatch):
+    remember = Remember()
+    monkeypatch.setattr(callbacks_module, "reporters", lambda names: [remember] if names == ["tensorboard"] else [])
+    arguments = training_arguments(tiny_config(), Accelerator(cpu=True), "somewhere", "tensorboard")
+    build_trainer(options={"arguments": arguments}).train()
+    assert remember.steps("on_log") == [8]
+
+
+def test_arguments_that_took_the_processes_apart_are_refused(build_trainer):
+    trainer = build_trainer()
+    arguments = TrainingArguments("somewhere", use_cpu=True)
+    with pytest.raises(RuntimeError, match="resets its state"):
+        Events((), arguments, trainer.policy, trainer.optimizer, trainer.accelerator, trainer.config, 8)
+
+
+def test_fsdp_is_refused(build_trainer, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    with pytest.raises(RuntimeError, match="needs the whole policy in every process, got an accelerator of type FSDP"):
+        build_trainer()

@@ -1,0 +1,28 @@
+"""The launch configurations that are shipped are what Accelerate understands, and are described."""
+
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_launches_several_processes(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 2
+    assert config.mixed_precision == ("bf16" if "bf16" in path.stem else "no")
+    assert config.use_cpu == path.stem.startswith("cpu")
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    assert arguments.multi_gpu  # the launcher that starts one process for each rank, also on the CPU
+    assert (arguments.num_processes, arguments.mixed_precision) == (2, config.mixed_precision)
+
+
+def test_every_configuration_is_described():
+    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    assert CONFIGS
+    assert not [path.name for path in CONFIGS if f"accelerate_configs/{path.name}" not in text]
