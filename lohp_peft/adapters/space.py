@@ -5,7 +5,7 @@ tensors of shape (modules, width) with one row per target module, zero-padded to
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lohp_peft.adapters.layout import AdapterLayout, base_of
-
-Adapter = Mapping[str, tuple[Tensor, Tensor]]
-"""By module name: `lora_A` (r, d_in) and `lora_B` (d_out, r), scaling folded in, so that the update is `B @ A`."""
+from lohp_peft.adapters.sketch import Adapter, RowSketch, unit_updates
 
 
 @dataclass(frozen=True)
@@ -308,8 +306,8 @@ class CoreSpace(WeightSpace):
         Raises:
             ValueError: When there is no adapter, or a module has no update in any.
         """
-        sketches = {s.name: (_RowSketch(s.d_in), _RowSketch(s.d_out)) for s in layout.modules}
-        for name, a, b in _updates(adapters):
+        sketches = {s.name: (RowSketch(s.d_in), RowSketch(s.d_out)) for s in layout.modules}
+        for name, a, b in unit_updates(adapters):
             if name in sketches:
                 right, left = sketches[name]
                 right.add(torch.linalg.qr(b)[1] @ a)
@@ -319,42 +317,6 @@ class CoreSpace(WeightSpace):
             raise ValueError(f"No recorded update to take bases from for: {', '.join(empty)}.")
         bases = [[sketch.leading(r) for sketch in sketches[s.name]] for s in layout.modules]
         return cls(layout, r, [v for v, _ in bases], [u for _, u in bases])
-
-
-def _updates(adapters: Iterable[Adapter]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, A and B, float64, of every update that is not zero; each adapter scaled to the energy 1.
-
-    With B = Q R, ΔW^T ΔW = (R A)^T (R A), and the same transposed.
-    """
-    for adapter in adapters:
-        pairs = {name: (a.detach().cpu().double(), b.detach().cpu().double()) for name, (a, b) in adapter.items()}
-        energies = {name: float(torch.trace((b.T @ b) @ (a @ a.T))) for name, (a, b) in pairs.items()}
-        scale = max(sum(energies.values()), 1e-30) ** -0.5
-        yield from ((name, a, b * scale) for name, (a, b) in pairs.items() if energies[name] > 0)
-
-
-class _RowSketch:
-    """Rows whose Gram matrix is a sum of Gram matrices, kept exactly in at most a few times their width.
-
-    (Ours: a d x d Gram matrix per module and side would need gigabytes for a large model.)
-    """
-
-    def __init__(self, width: int) -> None:
-        self.rows = torch.zeros(0, width, dtype=torch.float64)
-
-    def add(self, rows: Tensor) -> None:
-        self.rows = torch.cat([self.rows, rows])
-        if len(self.rows) > 2 * self.rows.shape[1]:
-            self.rows = torch.linalg.qr(self.rows)[1]
-
-    def leading(self, r: int) -> Tensor:
-        """Leading right singular vectors, shape (width, r), completed to r orthonormal columns if there are fewer."""
-        vectors = torch.linalg.svd(self.rows, full_matrices=False)[2][:r].T
-        if vectors.shape[1] < r:
-            generator = torch.Generator().manual_seed(0)
-            free = torch.randn(len(vectors), r - vectors.shape[1], generator=generator, dtype=vectors.dtype)
-            vectors = torch.cat([vectors, free], 1)
-        return torch.linalg.qr(vectors)[0].float().contiguous()
 
 
 class LoraBSpace(WeightSpace):
@@ -397,13 +359,18 @@ class LoraBSpace(WeightSpace):
 
     @classmethod
     def from_trajectories(cls, layout: AdapterLayout, r: int, adapters: Iterable[Adapter]) -> "LoraBSpace":
-        """Rows of A along the leading input directions of recorded updates: exact where they share an A of rank `r`.
+        """The space along the leading input directions of recorded updates: exact where they share an A of rank `r`.
 
         Each adapter counts by its energy share, as in `CoreSpace.from_trajectories`; a module without an update gets
         random rows.
+
+        Args:
+            layout: Target modules.
+            r: Rank.
+            adapters: See `CoreSpace.from_trajectories`.
         """
-        sketches = {s.name: _RowSketch(s.d_in) for s in layout.modules}
-        for name, a, b in _updates(adapters):
+        sketches = {s.name: RowSketch(s.d_in) for s in layout.modules}
+        for name, a, b in unit_updates(adapters):
             if name in sketches:
                 sketches[name].add(torch.linalg.qr(b)[1] @ a)
         return cls(layout, r, [sketches[s.name].leading(r) for s in layout.modules])

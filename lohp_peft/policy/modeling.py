@@ -114,7 +114,14 @@ class LoHpPolicy(PreTrainedModel):
 
     @contextmanager
     def dropout_from(self, generators: Sequence[torch.Generator]) -> Iterator[None]:
-        """Draw dropout from one generator for each item of a batch, whose rows follow each other."""
+        """Draw dropout from one generator for each item of a batch, while the context is open.
+
+        Args:
+            generators: One an item; its rows in the batch follow each other.
+
+        Yields:
+            Nothing.
+        """
         layers = [module for module in self.modules() if isinstance(module, ItemDropout)]
         try:
             for layer in layers:

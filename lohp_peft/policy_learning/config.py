@@ -121,7 +121,7 @@ class PolicyLearningConfig:
             raise ValueError("Policy learning: " + "; ".join(problems) + ".")
 
     def learning_rate_share(self, step: int) -> float:
-        """Share of the learning rates at a training step: warm-up and cosine decay within each phase."""
+        """The share of the learning rates at training step `step`: warm-up and cosine decay within each phase."""
         first, cloning = step < self.cloning_steps, self.cloning_steps
         done, total = (step, cloning) if first else (step - cloning, self.training_steps)
         return min(1.0, (done + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / max(total, 1))))

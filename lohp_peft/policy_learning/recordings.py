@@ -35,7 +35,7 @@ class Recordings:
     def from_trajectories(
         cls, trajectories: Sequence[Trajectory], policy_steps: int, final_weights_only: bool = False
     ) -> "Recordings":
-        """Resample every scored run at `policy_steps + 1` knots.
+        """All scored runs, resampled at `policy_steps + 1` knots.
 
         Args:
             trajectories: Recorded runs.
@@ -66,12 +66,12 @@ class Recordings:
         return len(self.tasks)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Recordings":
-        """The same on another device, with states and losses in `dtype`."""
+        """The same on another `device`, with states and losses in `dtype`."""
         states, losses = self.states.to(device, dtype), self.losses.to(device, dtype)
         return Recordings(states, losses, self.tasks, self.optimizers.to(device), self.optimizer_names)
 
     def scales(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Root mean square per module of final states, (modules, 1), and of steps, (time, modules, 1).
+        """The root mean square per module of final states, (modules, 1), and of steps, (time, modules, 1).
 
         Normalised over the real entries of `mask` (modules, width).
         """
@@ -87,7 +87,7 @@ class Recordings:
         return torch.tensor([names.index(self.tasks[int(i)]) for i in index])
 
     def best_states(self) -> dict[str, Tensor]:
-        """By task the final state of its run with the lowest final loss, shape (modules, width)."""
+        """The final state of every task's run with the lowest final loss, shape (modules, width)."""
         best: dict[str, tuple[float, Tensor]] = {}
         for i, name in enumerate(self.tasks):
             loss = float(self.losses[i, -1])
@@ -96,7 +96,13 @@ class Recordings:
         return {name: state for name, (_, state) in best.items()}
 
     def sample(self, size: int, generator: torch.Generator, allowed: Collection[str]) -> Tensor:
-        """Indices of `size` runs of tasks in `allowed`, good runs first: weights fall with the rank of the final loss."""
+        """The indices of some runs, good ones first: weights fall with the rank of the final loss.
+
+        Args:
+            size: How many, with replacement.
+            generator: Source of the draw.
+            allowed: Names of the tasks they may be of.
+        """
         usable = torch.tensor([name in allowed for name in self.tasks])
         rank = self.losses[:, -1].cpu().argsort().argsort().float()
         weight = usable / (0.5 * len(self) + rank)

@@ -220,7 +220,16 @@ def build_policy(
     dataset: TrajectoryDataset,
     config: PolicyLearningConfig,
 ) -> LoHpPolicy:
-    """A new policy with coordinates, scales and normalisers fitted to the training tasks."""
+    """A new policy with coordinates, scales and normalisers fitted to the training tasks.
+
+    Args:
+        encoder: Encoder of the base model.
+        bank: The training tasks.
+        recordings: Their recorded runs.
+        sampler: Source of episodes, to fit normalisers to.
+        dataset: Where the recordings come from: base model and weight space.
+        config: Settings.
+    """
     statistics = next(iter(bank.statistics.values()))
     torch.manual_seed(config.seed)
     settings = _policy_config(

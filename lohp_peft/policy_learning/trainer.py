@@ -25,6 +25,7 @@ from lohp_peft.policy_learning.checkpoint import (
     write_checkpoint,
 )
 from lohp_peft.policy_learning.config import PolicyLearningConfig
+from lohp_peft.policy_learning.gradients import accumulate
 from lohp_peft.policy_learning.losses import cloning_loss, divergence, segments
 from lohp_peft.policy_learning.on_policy import OnPolicy, episode_features, reference_temperature
 from lohp_peft.policy_learning.processes import Processes, check_whole_policy
@@ -154,34 +155,11 @@ class LoHpTrainer:
             group["lr"] = rate * self.config.learning_rate_share(self.step)
         with self.accelerator.autocast():
             losses, scalars = self._cloning_phase() if self.reference is None else self._hybrid_phase()
-        scalars |= self._accumulate(losses)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        scalars |= accumulate(losses, parameters, self.config.max_grad_norm, self.processes, self.step)
         self.events("pre_optimizer_step")
         self.optimizer.step()
         self.events("optimizer_step")
-        return scalars
-
-    def _accumulate(self, losses: Mapping[str, tuple[Tensor, float]]) -> dict[str, float]:
-        """Sum the losses' gradients, each clipped on its own to its weight times `max_grad_norm`.
-
-        (Ours: residuals of SubTB are squares of nats and come in any size; clipped together they drowned the others.)
-        """
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        total = torch.zeros_like(torch.nn.utils.parameters_to_vector(parameters))
-        scalars: dict[str, float] = {}
-        for name, (loss, weight) in losses.items():
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            gradient = self.processes.sum(torch.cat([g.flatten() for g in gradients]))
-            norm = gradient.norm()
-            if not (loss.isfinite() and norm.isfinite()):
-                raise RuntimeError(
-                    f"Policy learning diverged at training step {self.step}: {name} is {loss.item()}, its gradient norm "
-                    f"{norm.item()}. Lower `learning_rate`, `kl_target` (which raises the temperature) or the loss's weight."
-                )
-            scale = weight * min(1.0, self.config.max_grad_norm / (norm.item() + 1e-12))
-            total.add_(gradient, alpha=scale)
-            scalars |= {name: loss.item(), f"{name}_grad_norm": norm.item()}
-        for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
         return scalars
 
     def _cloning_phase(self) -> tuple[dict[str, tuple[Tensor, float]], dict[str, float]]:

@@ -217,7 +217,7 @@ class TrajectoryDataset:
         return sorted(key for key in self.manifest.shards if key not in self.damaged)
 
     def tasks(self) -> list[str]:
-        """Names of the tasks with a usable trajectory, sorted; they need not be the keys."""
+        """The names of the tasks with a usable trajectory, sorted; they need not be the keys."""
         return sorted({run["task"] for key in self.keys() for run in self.manifest.shards[key].trajectories})
 
     def __getitem__(self, key: str) -> list[Trajectory]:

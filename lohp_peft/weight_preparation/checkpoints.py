@@ -38,7 +38,7 @@ class CheckpointRun:
         return f"{self.task}-{self.digest[:16]}"
 
     def adapters(self) -> list[tuple[int, Adapter]]:
-        """Optimizer steps and adapters, by the base model's names of the modules."""
+        """The optimizer steps and adapters, by the base model's names of the modules."""
         named = ((step, _renamed(adapter, self.modules)) for step, adapter in read_checkpoints(self.folder))
         return [(step, adapter) for step, adapter in named if step > 0]
 
@@ -50,6 +50,9 @@ def find_runs(folders: Sequence[tuple[str, str | Path]], base_model: nn.Module) 
         folders: Names of tasks and output folders of a `transformers.Trainer`.
         base_model: The base model; where a run's names begin with its prefix, as those of a model with a head do
             (`"bert."`), the prefix is taken off.
+
+    Returns:
+        The runs, in the order given.
 
     Raises:
         ValueError: Listing every run that cannot be read or does not fit, with all its modules that differ, and runs that

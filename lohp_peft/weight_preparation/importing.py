@@ -141,7 +141,7 @@ def import_runs(
 
 
 def report_table(reports: Sequence[ImportReport]) -> Table:
-    """The reports as a table for a terminal; losses are those of the last checkpoint, in nats."""
+    """The `reports` as a table for a terminal; losses are those of the last checkpoint, in nats."""
     accepted = sum(report.refused is None for report in reports)
     table = Table(title=f"Import of checkpoints: {accepted} of {len(reports)} runs accepted")
     for column in ("task", "run"):

@@ -1,0 +1,52 @@
+"""Gradients of several losses, each with a norm of its own, over all processes."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lohp_peft.policy_learning.processes import Processes
+
+
+def accumulate(
+    losses: Mapping[str, tuple[Tensor, float]],
+    parameters: Sequence[Parameter],
+    max_grad_norm: float,
+    processes: Processes,
+    training_step: int,
+) -> dict[str, float]:
+    """Set the parameters' gradients to the sum of the losses', each clipped on its own to its weight times `max_grad_norm`.
+
+    (Ours: residuals of SubTB are squares of nats and come in any size; clipped together they drowned the others.)
+
+    Args:
+        losses: By name, a loss and its weight.
+        parameters: What is trained.
+        max_grad_norm: Norm above which a gradient is clipped.
+        processes: Those whose gradients are summed.
+        training_step: For the message.
+
+    Returns:
+        By name the losses and, with `_grad_norm`, their gradients' norms.
+
+    Raises:
+        RuntimeError: When a loss or a gradient is not finite.
+    """
+    total = torch.zeros_like(torch.nn.utils.parameters_to_vector(parameters))
+    scalars: dict[str, float] = {}
+    for name, (loss, weight) in losses.items():
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        gradient = processes.sum(torch.cat([g.flatten() for g in gradients]))
+        norm = gradient.norm()
+        if not (loss.isfinite() and norm.isfinite()):
+            raise RuntimeError(
+                f"Policy learning diverged at training step {training_step}: {name} is {loss.item()}, its gradient norm "
+                f"{norm.item()}. Lower `learning_rate`, `kl_target` (which raises the temperature) or the loss's weight."
+            )
+        scale = weight * min(1.0, max_grad_norm / (norm.item() + 1e-12))
+        total.add_(gradient, alpha=scale)
+        scalars |= {name: loss.item(), f"{name}_grad_norm": norm.item()}
+    for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return scalars
