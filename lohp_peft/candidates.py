@@ -116,6 +116,7 @@ class Choice:
         candidates: All that were considered.
         name: The chosen candidate.
         reason: Why.
+        gradient_steps: Gradient steps that it took; 0 is forward-only.
     """
 
     state: Tensor
@@ -123,6 +124,7 @@ class Choice:
     candidates: tuple[Candidate, ...]
     name: str
     reason: str
+    gradient_steps: int = 0
 
 
 class CandidateSet:
@@ -259,7 +261,7 @@ class CandidateSet:
         verdict = f"{config.gradient_steps} gradient steps change the loss of unseen examples by {mean:+.3f} +- {error:.3f} nats"
         candidates = (*choice.candidates, Candidate(name, excess=taken.change))
         if mean + config.gradient_margin * error < 0:
-            return Choice(taken.state, None, candidates, name, f"{verdict}.")
+            return Choice(taken.state, None, candidates, name, f"{verdict}.", config.gradient_steps)
         return replace(choice, candidates=candidates, reason=f"{choice.reason} {verdict}: not kept.")
 
     def embeddings(self, choices: Sequence[Choice]) -> list[Tensor]:

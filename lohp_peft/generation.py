@@ -1,4 +1,4 @@
-"""A new task's adapter from a few examples: forward-only, any-time, seeded, scored, with the right to abstain."""
+"""A new task's adapter from a few examples: forward-only unless asked otherwise, any-time, seeded, scored, with the right to abstain."""
 
 import os
 import time
@@ -47,6 +47,7 @@ class GenerationReport:
         support: Number of examples by label.
         truncated_texts: Number of texts that were longer than the policy reads.
         policy_steps: Policy steps taken.
+        gradient_steps: Gradient steps behind them that were kept; 0 is forward-only.
         seconds: From examples to adapter and head, the share of this task of a batch.
         bytes: Size of the LoRA.
         policy: Name, preset, base model and its fingerprint, pooling and maximum length.
@@ -63,6 +64,7 @@ class GenerationReport:
     support: dict[str, int]
     truncated_texts: int
     policy_steps: int
+    gradient_steps: int
     seconds: float
     bytes: int
     policy: dict[str, Any]
@@ -281,7 +283,7 @@ def generate_adapters(
     *,
     encoder: TextEncoder | None = None,
 ) -> list[GeneratedAdapter]:
-    """Generate adapters for several tasks in one batch, without gradients.
+    """Generate adapters for several tasks in one batch, without gradients unless `gradient_steps` asks for them.
 
     The policy's mean rollout is the generated adapter. When `choose` is on it is compared with no adapter, with the
     training tasks' mean adapter, with the average of the two adapters and with the further candidates asked for, by the
@@ -354,6 +356,7 @@ def _report(
         support={name: examples.labels.count(c) for c, name in enumerate(examples.label_names)},
         truncated_texts=job.truncated[i],
         policy_steps=job.config.policy_steps or policy.config.policy_steps,
+        gradient_steps=choice.gradient_steps,
         seconds=seconds,
         bytes=sum(x.nbytes for pair in lora.values() for x in pair),
         policy={

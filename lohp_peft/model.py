@@ -142,7 +142,7 @@ class LoHpModel(LoraModel):
         config: "GenerationConfig | None" = None,
         policy: "LoHpPolicy | str | None" = None,
     ) -> "GenerationReport":
-        """Generate an adapter's weights from labelled examples, without gradients.
+        """Generate an adapter's weights from labelled examples, without gradients unless the settings ask for them.
 
         In a sequence classification model the classifier's trainable copy is solved in closed form as well; for feature
         extraction the head is kept with the adapter, see `adapter_head`, and saved as `head.safetensors`.

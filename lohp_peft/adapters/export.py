@@ -238,6 +238,7 @@ def provenance_of(
         "base_fingerprint": policy["base_fingerprint"],
         "seed": report["config"]["seed"],
         "policy_steps": report["policy_steps"],
+        "gradient_steps": report["gradient_steps"],
         "chosen": report["chosen"],
         "candidates": list(scores),
         "scores": scores,

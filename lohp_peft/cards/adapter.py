@@ -47,7 +47,7 @@ def adapter_card(
 
     Args:
         config: The content of `adapter_config.json`.
-        provenance: The content of `lohp_provenance.json`. `label_names`, `pooling`, `max_length` and `reason` are read,
+        provenance: The content of `lohp_provenance.json`. `label_names`, `pooling`, `max_length`, `gradient_steps` and `reason` are read,
             every other entry is listed.
         name: Title of the card.
         location: Repository id or folder that the loading snippet names; `name` by default.
@@ -80,6 +80,7 @@ def adapter_card(
         model_metadata(base, "peft", ["lohp", "lora"], license, _PIPELINE_TAGS.get(str(config.get("task_type")))),
         name=name,
         base_model=base_link(base),
+        how=_how(provenance.get("gradient_steps")),
         snippet=_adapter_snippet(config, provenance, settings["labels"], location or name, has_head),
         adapter=entries_table(settings),
         scores=score_table(scores),
@@ -128,6 +129,13 @@ def write_adapter_card(
     path = folder / "README.md"
     path.write_text(card, encoding="utf-8")
     return path
+
+
+def _how(gradient_steps: Any) -> str:
+    """How the adapter came to be: the end of a sentence."""
+    if gradient_steps:
+        return f", then {gradient_steps} gradient steps on them, which lowered the loss of examples they were not taken on."
+    return ", forward-only: no gradient step was taken for this task."
 
 
 def _adapter_snippet(

@@ -64,6 +64,13 @@ def test_abstention_is_said():
     assert "**The policy did not adapt**, for this reason: no candidate beat the base model." in card
 
 
+def test_gradient_steps_are_said():
+    assert "forward-only: no gradient step" in adapter_card(CONFIG, PROVENANCE, name="my-task")
+    card = adapter_card(CONFIG, {**PROVENANCE, "gradient_steps": 4}, name="my-task")
+    assert "then 4 gradient steps" in card
+    assert "forward-only" not in card
+
+
 def test_local_paths_stay_at_home(tmp_path):
     card = adapter_card(
         {**CONFIG, "base_model_name_or_path": str(tmp_path / "encoder")}, name="my-task", has_head=True

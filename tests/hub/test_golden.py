@@ -34,6 +34,7 @@ def adapter():
         "base_fingerprint": "5" * 64,
         "seed": 3,
         "policy_steps": 4,
+        "gradient_steps": 0,
         "chosen": "generated",
         "candidates": ["generated", "none"],
         "scores": {"generated": 0.61234567, "none": 0.7},

@@ -52,6 +52,7 @@ def test_steps_are_kept_where_unseen_examples_confirm_them(generate):
         assert not stepped.state.equal(plain.state)
         assert stepped.path.equal(plain.path)
         assert not stepped.head.weight.equal(plain.head.weight)
+        assert (stepped.report.gradient_steps, plain.report.gradient_steps) == (12, 0)
 
 
 def test_steps_that_help_nobody_are_not_kept(generate):
@@ -61,6 +62,7 @@ def test_steps_that_help_nobody_are_not_kept(generate):
     assert stepped.state.equal(plain.state)
     assert stepped.report.chosen == plain.report.chosen
     assert "not kept" in stepped.report.reason
+    assert stepped.report.gradient_steps == 0
     assert "gradient" not in plain.report.reason
 
 
