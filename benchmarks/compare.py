@@ -155,9 +155,9 @@ def order_of(key: str) -> tuple[int, str]:
 
 
 def summarise(
-    tasks: dict[str, dict[str, Any]], found: Sequence[str], shots: int, ours: str = "ours"
+    tasks: dict[str, dict[str, Any]], found: Sequence[str], shots: int, ours: Sequence[str] = ("ours", "ours_steps")
 ) -> dict[str, Any]:
-    """By method (and control): means over tasks and seeds, and ours minus it, paired by task, with its interval."""
+    """By method (and control): means over tasks and seeds, and each of ours minus it, paired by task, with its interval."""
     grouped: dict[str, list[str]] = {}
     for key in found:
         method, _, _, control = key.split("/")
@@ -178,10 +178,10 @@ def summarise(
             "seconds": median(of_task("seconds", keys)),
             "seeds": len(keys),
         }
-        if ours in grouped and name != ours:
-            each = [a - b for a, b in zip(of_task("accuracy", grouped[ours]), accuracy, strict=True)]
+        for mine in (mine for mine in ours if mine in grouped and mine != name):
+            each = [a - b for a, b in zip(of_task("accuracy", grouped[mine]), accuracy, strict=True)]
             low, high = bootstrap_interval(each)
-            made[name]["ours_minus_it"] = {
+            made[name][f"{mine}_minus_it"] = {
                 "mean": fmean(each),
                 "low": low,
                 "high": high,

@@ -98,13 +98,16 @@ def compare(result: Mapping[str, Any]) -> str:
     for shots, methods in result["shots"].items():
         rows = []
         for name, row in methods.items():
-            less = row.get("ours_minus_it")
-            difference = f"{signed(less['mean'])} [{signed(less['low'])}, {signed(less['high'])}]" if less else ""
+            differences = [
+                f"{signed(less['mean'])} [{signed(less['low'])}, {signed(less['high'])}]" if less else ""
+                for less in (row.get("ours_minus_it"), row.get("ours_steps_minus_it"))
+            ]
             title = name.replace("_", " ").replace(" | ", ", control: ")
             rows.append(
-                (title, percent(row["accuracy"]), percent(row["macro_f1"]), difference, f"{row['seconds']:.2f}")
+                (title, percent(row["accuracy"]), percent(row["macro_f1"]), *differences, f"{row['seconds']:.2f}")
             )
-        header = (f"{shots} examples per class", "accuracy, %", "macro F1, %", "ours minus it [95 %]", "seconds")
+        header = (f"{shots} examples per class", "accuracy, %", "macro F1, %")
+        header += ("ours minus it [95 %]", "ours steps minus it [95 %]", "seconds")
         parts.append(table(header, rows))
     trained = ", ".join(
         f"{name.replace('_', ' ')} {cost['minutes']:.0f} min" for name, cost in result["trained"].items()
