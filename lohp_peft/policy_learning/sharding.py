@@ -38,17 +38,22 @@ def sharded_copy(policy: LoHpPolicy, accelerator: Accelerator) -> LoHpPolicy:
     Args:
         policy: The policy, the same in every process.
         accelerator: What joins the processes; of its FSDP settings none but the version counts.
+
+    Raises:
+        RuntimeError: When torch is too old to sum gradients.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise RuntimeError(f"A sharded policy needs a newer torch, got {torch.__version__}; it is tested with 2.13.")
     with torch.device("meta"):
         copy = LoHpPolicy(policy.config).to(policy.dtype)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for part in (*copy.forward_network.blocks, copy.log_flow_network, copy):
         shards = fully_shard(part, mesh=mesh, reshard_after_forward=True)
         shards.set_gradient_divide_factor(1.0)
-        shards.set_force_sum_reduction_for_comms(True)  # the only reduction that gloo has
+        shards.set_force_sum_reduction_for_comms(True)  # gloo cannot average
     for name in ("forward_policy", "log_flow"):
         register_fsdp_forward_method(copy, name)
     copy.to_empty(device=accelerator.device)

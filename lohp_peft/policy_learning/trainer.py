@@ -103,7 +103,9 @@ class LoHpTrainer:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.best_weights: dict[str, Tensor] = {}
         arguments = arguments or training_arguments(config, self.accelerator, "trainer_output")
-        self.events = Events(callbacks, arguments, self.policy, self.optimizer, self.accelerator, config, self.total_steps)
+        self.events = Events(
+            callbacks, arguments, self.policy, self.optimizer, self.accelerator, config, self.total_steps
+        )
 
     @property
     def total_steps(self) -> int:
