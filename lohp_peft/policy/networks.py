@@ -194,4 +194,5 @@ class LogFlowNetwork(nn.Module):
         """Shape (batch,), from scaled states (batch, modules, width)."""
         rms = state.square().mean(-1).add(1e-6).sqrt()
         along = (state * start).mean(-1) / start.square().mean(-1).add(1e-6).sqrt()
-        return self.out(self.trunk(torch.cat([flat, rms.log(), along], -1), step, optimizer)).squeeze(-1)
+        flow = self.out(self.trunk(torch.cat([flat, rms.log(), along], -1), step, optimizer))
+        return flow.squeeze(-1).clone()  # not a view, which would lose the hooks of FSDP2 if it were changed in place

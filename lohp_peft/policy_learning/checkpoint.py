@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lohp_peft.files import TEMPORARY_SUFFIX, parse_tensors, read_json, sha256, write_atomically
+from lohp_peft.policy_learning.sharding import place
 
 Groups = dict[str, dict[str, Tensor]]
 STATE_FILE = "state.json"
@@ -90,11 +91,12 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`."""
+    """Inverse of `optimizer_tensors`; tensors are sharded as their parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         i, key = name.split(".", 1)
-        state.setdefault(int(i), {})[key] = tensor
+        state.setdefault(int(i), {})[key] = place(tensor, parameters[int(i)])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

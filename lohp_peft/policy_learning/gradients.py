@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lohp_peft.policy_learning.processes import Processes
+from lohp_peft.policy_learning.sharding import is_sharded, local
 
 
 def accumulate(
@@ -33,12 +34,10 @@ def accumulate(
     Raises:
         RuntimeError: When a loss or a gradient is not finite.
     """
-    total = torch.zeros_like(torch.nn.utils.parameters_to_vector(parameters))
+    total = torch.zeros_like(torch.cat([local(p.detach()).flatten() for p in parameters]))
     scalars: dict[str, float] = {}
     for name, (loss, weight) in losses.items():
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        gradient = processes.sum(torch.cat([g.flatten() for g in gradients]))
-        norm = gradient.norm()
+        gradient, norm = _gradient(loss, parameters, processes)
         if not (loss.isfinite() and norm.isfinite()):
             raise RuntimeError(
                 f"Policy learning diverged at training step {training_step}: {name} is {loss.item()}, its gradient norm "
@@ -47,6 +46,24 @@ def accumulate(
         scale = weight * min(1.0, max_grad_norm / (norm.item() + 1e-12))
         total.add_(gradient, alpha=scale)
         scalars |= {name: loss.item(), f"{name}_grad_norm": norm.item()}
-    for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
+    for parameter, part in zip(parameters, total.split([local(p).numel() for p in parameters]), strict=True):
+        parameter.grad = torch.empty_like(parameter)
+        local(parameter.grad).copy_(part.view_as(local(parameter)))
     return scalars
+
+
+def _gradient(loss: Tensor, parameters: Sequence[Parameter], processes: Processes) -> tuple[Tensor, Tensor]:
+    """The gradient over all processes in one vector, and its norm; of sharded parameters this process's part of it.
+
+    FSDP sums gradients itself, but only into `grad`: `torch.autograd.grad` does not know the parts.
+    """
+    if not is_sharded(parameters[0]):
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        gradient = processes.sum(torch.cat([g.flatten() for g in gradients]))
+        return gradient, gradient.norm()
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    parts = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
+    gradient = torch.cat([part.flatten() for part in parts])
+    return gradient, processes.sum(gradient.square().sum()).sqrt()

@@ -3,22 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor
-
-
-def check_whole_policy(accelerator: Accelerator) -> None:
-    """Make sure that every process holds the whole policy.
-
-    Raises:
-        RuntimeError: Under FSDP, DeepSpeed and other ways of taking a model apart.
-    """
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise RuntimeError(
-            f"Policy learning needs the whole policy in every process, got an accelerator of type {kind.value}. Launch "
-            "it with one of examples/accelerate_configs, which share batches; a policy has a few million parameters."
-        )
 
 
 @dataclass(frozen=True)

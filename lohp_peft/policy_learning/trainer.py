@@ -28,9 +28,10 @@ from lohp_peft.policy_learning.config import PolicyLearningConfig
 from lohp_peft.policy_learning.gradients import accumulate
 from lohp_peft.policy_learning.losses import cloning_loss, divergence, segments
 from lohp_peft.policy_learning.on_policy import OnPolicy, episode_features, reference_temperature
-from lohp_peft.policy_learning.processes import Processes, check_whole_policy
+from lohp_peft.policy_learning.processes import Processes
 from lohp_peft.policy_learning.recordings import Recordings
 from lohp_peft.policy_learning.replay_buffer import ReplayBuffer
+from lohp_peft.policy_learning.sharding import placed, sharded_copy, shards_policy, whole
 from lohp_peft.tasks import Episode, EpisodeSampler, TaskBank, TaskFeatures
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,11 @@ class LoHpTrainer:
         arguments: What callbacks see of the settings, with the reporters in `report_to`; made from `config` when absent.
 
     Raises:
-        RuntimeError: When the accelerator would take the policy apart, see `check_whole_policy`, or reporters are missing.
+        RuntimeError: When the accelerator would take the policy apart by anything but FSDP2, or reporters are missing.
+
+    **Attributes**:
+        - **policy** (`LoHpPolicy`) -- What is trained: the given policy, or under FSDP2 a copy of which every process
+          holds its part.
     """
 
     def __init__(
@@ -76,9 +81,9 @@ class LoHpTrainer:
         arguments: TrainingArguments | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
-        check_whole_policy(self.accelerator)
-        self.processes = Processes(self.accelerator)
-        self.policy = policy.to(self.accelerator.device)
+        self.processes, self.given = Processes(self.accelerator), policy
+        self.sharded = shards_policy(self.accelerator)
+        self.policy = self._copy(policy) if self.sharded else policy.to(self.accelerator.device)
         self.bank, self.recordings = bank, recordings.to(self.accelerator.device, policy.dtype)
         self.sampler, self.config = sampler, config
         self.validation, self.log = validation, log or (lambda step, scalars: None)
@@ -88,17 +93,19 @@ class LoHpTrainer:
         self.on_policy = OnPolicy(self.policy, bank, self.recordings, sampler, config)
         self.buffer = ReplayBuffer(config.buffer_size)
         self.step, self.best = 0, (math.inf, -1)
-        network = policy.forward_network
+        network = self.policy.forward_network
         groups = [
             {"params": network.gate_parameters(), "lr": config.learning_rate},
             {"params": network.free_parameters(), "lr": config.free_learning_rate},
-            {"params": list(policy.log_flow_network.parameters()), "lr": config.log_flow_learning_rate},
+            {"params": list(self.policy.log_flow_network.parameters()), "lr": config.log_flow_learning_rate},
         ]
-        self.optimizer = self.accelerator.prepare(torch.optim.Adam(groups))
+        self.optimizer = self.accelerator.prepare_optimizer(torch.optim.Adam(groups))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.best_weights: dict[str, Tensor] = {}
         arguments = arguments or training_arguments(config, self.accelerator, "trainer_output")
-        self.events = Events(callbacks, arguments, policy, self.optimizer, self.accelerator, config, self.total_steps)
+        self.events = Events(
+            callbacks, arguments, self.policy, self.optimizer, self.accelerator, config, self.total_steps
+        )
 
     @property
     def total_steps(self) -> int:
@@ -122,7 +129,9 @@ class LoHpTrainer:
         if self.best_weights:
             self.policy.load_state_dict(self.best_weights)
         self.events("train_end")
-        return self.policy.eval()
+        if self.sharded:
+            self.given.to(self.accelerator.device).load_state_dict(whole(self.policy.state_dict()))
+        return self.given.eval()
 
     def _one_step(self, folder: Path | None) -> None:
         """A training step and what is due after it."""
@@ -262,8 +271,11 @@ class LoHpTrainer:
         else:
             self._set_reference(self._clone())
 
+    def _copy(self, policy: LoHpPolicy) -> LoHpPolicy:
+        return sharded_copy(policy, self.accelerator) if self.sharded else copy.deepcopy(policy)
+
     def _clone(self) -> LoHpPolicy:
-        return copy.deepcopy(self.policy).eval().requires_grad_(False)
+        return self._copy(self.policy).eval().requires_grad_(False)
 
     def _set_reference(self, reference: LoHpPolicy | BackwardReference) -> None:
         """The reference and the temperature that follows from it."""
@@ -316,9 +328,7 @@ class LoHpTrainer:
         return {"validation_loss": loss, "validation_accuracy": accuracy}
 
     def save(self, folder: Path) -> None:
-        """Write everything needed to continue into `folder`, atomically, without pickle."""
-        if not self.accelerator.is_main_process:
-            return
+        """Write everything needed to continue into `folder`, atomically, without pickle; tensors in full."""
         groups: dict[str, Mapping[str, Tensor]] = {
             "policy": self.policy.state_dict(),
             "best": self.best_weights,
@@ -329,6 +339,9 @@ class LoHpTrainer:
         elif self.reference is not None:
             groups["reference"] = self.reference.state_dict()
         groups["optimizer"] = optimizer_tensors(self.optimizer)
+        groups = {name: whole(tensors) for name, tensors in groups.items()}
+        if not self.accelerator.is_main_process:
+            return
         record = {"best": list(self.best), "temperature": self.temperature, "reference_loss": self.reference_loss}
         write_checkpoint(folder, self.step, groups, {**record, "config": asdict(self.config)})
 
@@ -341,7 +354,9 @@ class LoHpTrainer:
         """
         groups, record = read_checkpoint(folder, asdict(self.config), str(self.accelerator.device))
         clones = {"best", "reference"} if self.config.reference == "clone" else {"best"}
-        check_same_shapes(folder, groups, self.policy.state_dict(), {"policy", *(clones & groups.keys())})
+        state, policies = self.policy.state_dict(), {"policy", *(clones & groups.keys())}
+        check_same_shapes(folder, groups, state, policies)
+        groups |= {name: placed(groups[name], state) for name in policies}
         self.policy.load_state_dict(groups["policy"])
         self._load_reference(groups)
         self.best_weights = groups.get("best", {})

@@ -125,7 +125,8 @@ def test_arguments_that_took_the_processes_apart_are_refused(build_trainer):
         Events((), arguments, trainer.policy, trainer.optimizer, trainer.accelerator, trainer.config, 8)
 
 
-def test_fsdp_is_refused(build_trainer, monkeypatch):
-    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
-    with pytest.raises(RuntimeError, match="needs the whole policy in every process, got an accelerator of type FSDP"):
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_other_ways_of_taking_a_policy_apart_are_refused(build_trainer, monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
+    with pytest.raises(RuntimeError, match=f"by FSDP2.*or not at all, got an accelerator of type {kind.value}"):
         build_trainer()

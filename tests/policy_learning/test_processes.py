@@ -1,21 +1,25 @@
-"""Two processes that share every batch learn what one does; so do two that were killed and launched again."""
+"""Two processes that share every batch learn what one does, also with a policy in two parts; so do two that were stopped."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from lohp_peft.policy_learning.processes import Processes
 from lohp_peft.policy_learning.recordings import Recordings
+from lohp_peft.policy_learning.sharding import local, whole
 from policy_learning.conftest import build_bank, build_trajectories, make_trainer
 from tiny import build_encoder
 
 ROOT = Path(__file__).parents[2]
-LAUNCHER = ROOT / "examples" / "accelerate_configs" / "cpu_2_processes.yaml"
+CONFIGS = ROOT / "examples" / "accelerate_configs"
 STEPS, KILLED_AT = 50, 33
 # Batches that two processes cannot share evenly, every source of segments, the pathwise term, dropout, fresh clones.
 SETTINGS = {
@@ -29,17 +33,20 @@ SETTINGS = {
     "refresh_kl": 0.0,
     "save_every": 7,
 }
+# The same, shorter: with parameters in parts every operation takes far longer at this size.
+SHARDED = {"cloning_steps": 2, "training_steps": 7, "on_policy_every": 2, "validate_every": 4, "save_every": 3}
+STOPPED_AT = 7
 
 
-def build(log=None):
+def build(log=None, **changes):
     encoder = build_encoder(adapted=(1, 2))
     encoder.base_model.double()
     recordings = Recordings.from_trajectories(build_trajectories(encoder.space), 3)
     bank = build_bank(encoder, torch.float64)
-    return make_trainer(encoder, bank, recordings, validate=True, options={"log": log}, **SETTINGS)
+    return make_trainer(encoder, bank, recordings, validate=True, options={"log": log}, **{**SETTINGS, **changes})
 
 
-def train(folder=None, on_step=None):
+def train(folder=None, on_step=None, **changes):
     """What a run ends with: parameters, Adam's moments and the last scalars, as float64 tensors."""
     last = {}
 
@@ -48,15 +55,15 @@ def train(folder=None, on_step=None):
         if on_step is not None:
             on_step(step)
 
-    trainer = build(log)
-    trainer.train(folder)
-    found = {f"policy.{name}": value.detach().clone() for name, value in trainer.policy.named_parameters()}
+    trainer = build(log, **changes)
+    policy = trainer.train(folder)
+    found = {f"policy.{name}": value.detach().clone() for name, value in policy.named_parameters()}
     for group in trainer.optimizer.param_groups:
         for i, parameter in enumerate(group["params"]):
             moments = trainer.optimizer.state[parameter]  # none after a clone was taken at the last step
             found[f"adam.{group['lr']}.{i}"] = moments.get("exp_avg", torch.zeros_like(parameter.detach()))
     scalars = {f"scalar.{name}": torch.tensor(value, dtype=torch.float64) for name, value in last.items()}
-    return trainer, found | scalars
+    return trainer, whole(found) | scalars
 
 
 def kill(step):
@@ -77,9 +84,39 @@ def main(folder):
     trainer.accelerator.end_training()
 
 
-def launch(folder):
-    line = ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCHER), "--main_process_port", "0"]
-    line += ["--num_cpu_threads_per_process", "1", "-m", "policy_learning.test_processes", str(folder)]
+def shard_policies():
+    """What Accelerate does on GPUs with fsdp2.yaml; on a CPU it leaves FSDP out."""
+    Accelerator(cpu=True).state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    for state in (PartialState(), AcceleratorState()):
+        state.distributed_type = DistributedType.FSDP
+
+
+def stop(step):
+    if step == STOPPED_AT:
+        raise KeyboardInterrupt
+
+
+def main_sharded(folder):
+    """A run that is stopped, and the rest of it, by two processes that hold half of the policy each."""
+    shard_policies()
+    with pytest.raises(KeyboardInterrupt):
+        train(folder / "stopped", stop, **SHARDED)
+    processes = PartialState()
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        shutil.copytree(folder / "stopped", folder / "for_one")
+    processes.wait_for_everyone()
+    trainer, found = train(folder / "stopped", **SHARDED)
+    held = sum(local(parameter).numel() for parameter in trainer.policy.parameters())
+    found["held"] = trainer.accelerator.gather(torch.tensor([held]))
+    if processes.is_main_process:
+        save_file(found, folder / "sharded.safetensors")
+    trainer.accelerator.end_training()
+
+
+def launch(folder, config, *arguments):
+    line = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--main_process_port", "0"]
+    line += ["--num_cpu_threads_per_process", "1", "-m", "policy_learning.test_processes", str(folder), *arguments]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"}
     return subprocess.run([sys.executable, *line], env=environment, capture_output=True, text=True, timeout=900)
@@ -92,9 +129,9 @@ def differences(one, other):
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_also_when_killed(tmp_path):
-    first = launch(tmp_path)
+    first = launch(tmp_path, "cpu_2_processes.yaml")
     assert "exitcode  : 9" in first.stderr, first.stderr
-    again = launch(tmp_path)
+    again = launch(tmp_path, "cpu_2_processes.yaml")
     assert again.returncode == 0, again.stderr
     whole, resumed = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "resumed.safetensors")
     assert not any(differences(whole, resumed).values())  # bit for bit
@@ -104,6 +141,23 @@ def test_two_processes_learn_what_one_does_also_when_killed(tmp_path):
     assert trainer.buffer.rollouts
     apart = differences(one, whole)
     assert max(apart.values()) < 1e-6, apart
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_of_the_policy_learn_what_one_does(tmp_path):
+    done = launch(tmp_path, "fsdp2.yaml", "sharded")
+    assert done.returncode == 0, done.stderr
+    sharded = load_file(tmp_path / "sharded.safetensors")
+    held = sharded.pop("held").tolist()
+    trainer, one = train(**SHARDED)
+    total = sum(parameter.numel() for parameter in trainer.policy.parameters())
+    assert sum(held) == total
+    assert len(held) == 2
+    assert max(held) < 0.55 * total
+    assert {"scalar.spliced/loss", "scalar.on_policy/loss", "scalar.path", "scalar.refreshed"} <= one.keys()
+    assert max(differences(one, sharded).values()) < 1e-6
+    _, continued = train(tmp_path / "for_one", **SHARDED)  # what two wrote is read by one
+    assert max(differences(one, continued).values()) < 1e-6
 
 
 class Fake:
@@ -141,4 +195,4 @@ def test_processes_that_disagree_are_told(tmp_path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (main_sharded if "sharded" in sys.argv else main)(Path(sys.argv[1]))
