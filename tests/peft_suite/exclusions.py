@@ -68,7 +68,7 @@ EXCLUSIONS = (
     Exclusion(
         "test_custom_models.py",
         r"test_disable_adapters(_with_merging)?\["
-        r"((Vanilla MLP \d|Conv[23]d 2) LoRA(-| with DoRA)|Embedding \+ transformers Conv1D [13]|MHA|MLP 2 using)",
+        r"((Vanilla MLP \d|Conv[23]d 2) LoRA(-| with DoRA)|Embedding \+ transformers Conv1D [13]|MHA)",
         IDENTITY,
         AssertionError,
         generation=True,
