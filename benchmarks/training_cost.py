@@ -93,12 +93,17 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
         cases = [row for row in rows if row["varied"] == what]
         x = [row["modules"] * row["rank"] ** 2 if what == "shape" else row[what] for row in cases]
         other = axis.twinx()
-        axis.loglog(x, [1000 * row["step_s"] for row in cases], "o-", label="time")
+        axis.loglog(x, [1000 * row["step_s"] for row in cases], "o-")
         if all(row["peak_mb"] for row in cases):
-            other.loglog(x, [row["peak_mb"] for row in cases], "s--", color="tab:orange", label="memory")
+            other.loglog(x, [row["peak_mb"] for row in cases], "s--", color="tab:orange")
         axis.set_xlabel(labels[what])
         axis.set_ylabel("ms a training step", color="tab:blue")
         other.set_ylabel("MB", color="tab:orange")
+        axis.set_xticks(x, [f"{round(value / 1000)}k" if value >= 4000 else str(value) for value in x], fontsize=8)
+        axis.set_xticks([], minor=True)
+        for side in (axis, other):  # the same in all three, so that slopes can be compared
+            side.set_ylim(50, 5000)
+            side.yaxis.set_major_formatter("{x:g}")
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
 
