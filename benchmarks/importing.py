@@ -2,8 +2,9 @@
 
 Every task is fine-tuned with ordinary PEFT LoRAs and a linear classifier, in bfloat16.
 `random A`: every run draws its own lora_A and trains it, as runs of different people do. `shared A`: all have the same one,
-frozen. All runs of a kind are then imported into the core space along their joint updates at several
-ranks, into the space along their joint input directions that leaves the outputs free, and into the shipped policy's space. Losses are those of the injected reward on split test, which no run has seen.
+frozen. All runs of a kind are then imported into the core space along their joint updates at several ranks, into the space
+along their joint input directions that leaves the outputs free, and into the shipped policy's space. Losses are those of the
+injected reward on split test, which no run has seen.
 Only training tasks of the suite are used.
 """
 

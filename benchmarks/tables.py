@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rendering import interval, percent, signed, table, where, with_error
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "examples" / "large_models" / "README.md")
@@ -98,10 +100,7 @@ def compare(result: Mapping[str, Any]) -> str:
     for shots, methods in result["shots"].items():
         rows = []
         for name, row in methods.items():
-            differences = [
-                f"{signed(less['mean'])} [{signed(less['low'])}, {signed(less['high'])}]" if less else ""
-                for less in (row.get("ours_minus_it"), row.get("ours_steps_minus_it"))
-            ]
+            differences = [interval(row.get(f"{ours}_minus_it")) for ours in ("ours", "ours_steps")]
             title = name.replace("_", " ").replace(" | ", ", control: ")
             rows.append(
                 (title, percent(row["accuracy"]), percent(row["macro_f1"]), *differences, f"{row['seconds']:.2f}")
@@ -118,7 +117,7 @@ def compare(result: Mapping[str, Any]) -> str:
         f"{len(result['tasks'])} {'held-out' if settings['split'] == 'test' else settings['split']} tasks, {settings['draws']} draws, "
         f"{texts} test texts. "
         f"Trained methods: {budget['steps']} steps of {budget['batch_size']} episodes through the base model ({trained}). Seconds are "
-        f"for choosing adapter and head once the examples' features are there. {where(result)}"
+        f"for choosing adapter and head once the examples' features are there, and rough: other jobs ran beside. {where(result)}"
     )
     return "\n\n".join([*parts, note])
 
@@ -361,32 +360,6 @@ def block(name: str, results: Path = RESULTS) -> str:
 def filled(text: str, results: Path = RESULTS) -> str:
     """A document with every block filled."""
     return BLOCK.sub(lambda match: match[1] + block(match[2], results) + match[3], text)
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def signed(value: float) -> str:
-    return f"{100 * value:+.1f}"
-
-
-def with_error(row: Mapping[str, Any]) -> str:
-    error = row.get("standard_error")
-    return percent(row["accuracy"]) + ("" if error is None else f" +- {100 * error:.1f}")
-
-
-def where(result: Mapping[str, Any]) -> str:
-    """Date, machine and commit in a few words."""
-    found = result["environment"]
-    commit = f", commit {found['commit'][:10]}" if found["commit"] else ""
-    return f"{found['date']}, {found['cores']} {found['device'].upper()} cores, torch {found['versions']['torch']}{commit}."
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    marks = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, marks, *rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -260,7 +260,7 @@ class CandidateSet:
         mean, error = taken.change
         verdict = f"{config.gradient_steps} gradient steps change the loss of unseen examples by {mean:+.3f} +- {error:.3f} nats"
         candidates = (*choice.candidates, Candidate(name, excess=taken.change))
-        if mean + config.gradient_margin * error < 0:
+        if taken.confirmed(config.gradient_margin):
             return Choice(taken.state, None, candidates, name, f"{verdict}.", config.gradient_steps)
         return replace(choice, candidates=candidates, reason=f"{choice.reason} {verdict}: not kept.")
 

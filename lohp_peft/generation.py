@@ -255,7 +255,7 @@ def generate_adapter(
     support: Support,
     config: GenerationConfig | None = None,
 ) -> GeneratedAdapter:
-    """Generate the adapter of one task, forward-only.
+    """Generate the adapter of one task.
 
     Args:
         policy: The policy.

@@ -31,5 +31,4 @@ class Stepped(Method):
             ridge=setting.policy.config.ridge,
             seed=config.seed,
         )
-        confirmed = taken is not None and taken.change[0] + config.gradient_margin * taken.change[1] < 0
-        return taken.state if confirmed else start
+        return taken.state if taken is not None and taken.confirmed(config.gradient_margin) else start

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lohp_peft.tasks import EpisodeSampler, balanced_rows, leave_one_out_loss
+from lohp_peft.tasks import EpisodeSampler, leave_one_out_steps
 from methods.base import Method, Setting, Support, Training
 from methods.optimise import Best, optimise
 
@@ -78,7 +78,7 @@ class FamilySpecialists(MultiTask):
 
 
 class Reptile(Method):
-    """A start from which a few steps go far (Known: 1803.02999), taken as an adapter (0 steps) or adapted by AdamW.
+    """A start from which a few steps go far (Known: 1803.02999), taken as an adapter (0 steps) or adapted by Adam.
 
     A training step moves the start by `outer` of the way that `inner_steps` steps of Adam on each episode's query loss go.
     It has passes for a fifth of the others' episodes.
@@ -116,21 +116,20 @@ class Reptile(Method):
 
     def state(self, setting: Setting, tensors: dict[str, Tensor], support: Support) -> Tensor:
         state = setting.policy.scale * tensors["state"]
-        return support_steps(setting, support, state, self.adapt_steps, self.inner_rate) if self.adapt_steps else state
-
-
-def support_steps(setting: Setting, support: Support, state: Tensor, steps: int, learning_rate: float) -> Tensor:
-    """AdamW on the leave-one-out loss of the shared head on the support set, in units of the policy's scale."""
-    examples, scale = support.examples, setting.policy.scale
-    scaled = (state / scale).clone().requires_grad_(True)
-    optimizer = torch.optim.AdamW([scaled], lr=learning_rate, weight_decay=0.0)
-    with torch.enable_grad():
-        for step in range(steps):
-            rows = balanced_rows(examples.targets, 64, support.seed + step)
-            x = setting.encoder.embed(support.encoded[rows], (scale * scaled)[None])
-            given = examples.targets[rows], examples.n_classes
-            loss = leave_one_out_loss(x, *given, ridge=setting.policy.config.ridge).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return scale * scaled.detach()
+        if not self.adapt_steps:
+            return state
+        examples = support.examples
+        (adapted,) = leave_one_out_steps(
+            setting.encoder,
+            support.encoded,
+            examples.targets,
+            examples.n_classes,
+            [torch.arange(len(examples))],
+            state,
+            setting.policy.scale,
+            steps=self.adapt_steps,
+            learning_rate=self.inner_rate,
+            ridge=setting.policy.config.ridge,
+            seed=support.seed,
+        )
+        return adapted

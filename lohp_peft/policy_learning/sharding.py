@@ -32,8 +32,8 @@ def shards_policy(accelerator: Accelerator) -> bool:
 def sharded_copy(policy: LoHpPolicy, accelerator: Accelerator) -> LoHpPolicy:
     """A copy of a policy, whole or sharded, of which every process holds its part.
 
-    `forward_policy` and `log_flow` gather the parameters for as long as they take, backward passes again. Gradients are summed over processes,
-    not averaged, see `Processes`.
+    `forward_policy` and `log_flow` gather the parameters for as long as they take, backward passes again. Gradients are
+    summed over processes, not averaged, see `Processes`.
 
     Args:
         policy: The policy, the same in every process.

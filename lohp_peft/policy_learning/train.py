@@ -142,10 +142,8 @@ def train_policy(
     reporters(report_to)  # whatever is missing is said before any work
     if config.preset == "lohp+path" and config.path_weight > 0:
         check_gradients(encoder.base_model)
-    launched = (
-        None if config.mixed_precision == "no" else config.mixed_precision
-    )  # `None` is what a launcher says, or no
-    accelerator = accelerator or Accelerator(mixed_precision=launched, cpu=encoder.stays_on_cpu)
+    precision = None if config.mixed_precision == "no" else config.mixed_precision  # none: what a launcher says, or no
+    accelerator = accelerator or Accelerator(mixed_precision=precision, cpu=encoder.stays_on_cpu)
     encoder.base_model.to(accelerator.device)
     console = console or Console(stderr=True)
     output_dir = Path(output_dir)

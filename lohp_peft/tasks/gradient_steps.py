@@ -5,6 +5,7 @@ has little to say and the examples' gradient much (Ours: question types, fine to
 on a few examples undo what it knows. Which it is shows on the half of the examples that the steps were not taken on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,11 @@ class VerifiedSteps:
 
     state: Tensor
     change: tuple[float, float]
+
+    def confirmed(self, margin: float) -> bool:
+        """Whether the loss of unseen examples fell by more than `margin` standard errors."""
+        mean, error = self.change
+        return mean + margin * error < 0
 
 
 def check_gradient_steps(encoder: TextEncoder) -> None:
@@ -92,32 +98,79 @@ def verified_steps(
     halves = _halves(labels, seed)
     if halves is None:
         return None
-    scaled = (start / scale).detach().expand(2, *start.shape).clone().requires_grad_(True)
+    ends = leave_one_out_steps(
+        encoder,
+        encoded,
+        labels,
+        n_classes,
+        halves,
+        start,
+        scale,
+        steps=steps,
+        learning_rate=learning_rate,
+        texts=texts,
+        ridge=ridge,
+        seed=seed,
+    )
+    seen = [half[balanced_rows(labels[half], MOST_HELD_OUT, seed)] for half in halves]
+    with torch.no_grad():
+        before, *after = (_embed(encoder, encoded, seen, state.expand(2, *state.shape)) for state in (start, *ends))
+
+    def losses(embedded: Sequence[Tensor], known: int) -> Tensor:
+        """Those of the other half under the head of the half `known`."""
+        head = solve_head(embedded[known].float(), labels[seen[known]], n_classes, "ridge", ridge=ridge)
+        x, targets = embedded[1 - known].float(), labels[seen[1 - known]]
+        return calibrated_cross_entropy(head.logits(x), targets.to(x.device), "none").cpu()
+
+    change = torch.cat([losses(after[k], k) - losses(before, k) for k in range(2)])
+    return VerifiedSteps(ends.mean(0), (float(change.mean()), float(change.std() / len(change) ** 0.5)))
+
+
+def leave_one_out_steps(
+    encoder: TextEncoder,
+    encoded: EncodedTexts,
+    labels: Tensor,
+    n_classes: int,
+    groups: Sequence[Tensor],
+    start: Tensor,
+    scale: Tensor,
+    *,
+    steps: int,
+    learning_rate: float,
+    texts: int = 96,
+    ridge: float = 3.0,
+    seed: int = 0,
+) -> Tensor:
+    """The adapters after steps of Adam on each group of the examples, shape (groups, modules, width).
+
+    Args:
+        encoder: See `verified_steps`.
+        encoded: See `verified_steps`.
+        labels: See `verified_steps`.
+        n_classes: See `verified_steps`.
+        groups: Row indices of each group, with two examples of a class or more.
+        start: See `verified_steps`.
+        scale: See `verified_steps`.
+        steps: See `verified_steps`.
+        learning_rate: See `verified_steps`.
+        texts: Most examples of a group in a step, but four a class.
+        ridge: See `verified_steps`.
+        seed: Seed of the steps' examples.
+    """
+    scaled = (start / scale).detach().expand(len(groups), *start.shape).clone().requires_grad_(True)
     optimizer = torch.optim.Adam([scaled], lr=learning_rate, betas=BETAS)
     most = max(texts, LEAST_ROWS * n_classes)
     with torch.enable_grad():
         for step in range(steps):
-            rows = [half[balanced_rows(labels[half], most, seed + 1000 * step)] for half in halves]
-            embedded = _embed(encoder, encoded, rows, scaled * scale)
+            rows = [group[balanced_rows(labels[group], most, seed + 1000 * step)] for group in groups]
             losses = [
                 leave_one_out_loss(x, labels[part], n_classes, ridge=ridge).mean()
-                for x, part in zip(embedded, rows, strict=True)
+                for x, part in zip(_embed(encoder, encoded, rows, scaled * scale), rows, strict=True)
             ]
             # The gradients of the base model's own parameters are not asked for, whoever owns it.
             (scaled.grad,) = torch.autograd.grad(torch.stack(losses).sum(), [scaled])
             optimizer.step()
-    with torch.no_grad():
-        ends = scaled.detach() * scale
-        change = torch.cat(
-            [
-                _loss_change(
-                    encoder, encoded, labels, n_classes, halves[k], halves[1 - k], start, ends[k], ridge, seed
-                )
-                for k in range(2)
-            ]
-        )
-    error = float(change.std() / len(change) ** 0.5)
-    return VerifiedSteps(ends.mean(0), (float(change.mean()), error))
+    return scaled.detach() * scale
 
 
 def _halves(labels: Tensor, seed: int) -> tuple[Tensor, Tensor] | None:
@@ -133,31 +186,8 @@ def _halves(labels: Tensor, seed: int) -> tuple[Tensor, Tensor] | None:
     return None if len(sides[0]) < 2 else (torch.cat(sides[0]), torch.cat(sides[1]))
 
 
-def _embed(encoder: TextEncoder, encoded: EncodedTexts, rows: list[Tensor], states: Tensor) -> list[Tensor]:
+def _embed(encoder: TextEncoder, encoded: EncodedTexts, rows: Sequence[Tensor], states: Tensor) -> list[Tensor]:
     """Embeddings of each list of rows under its own state."""
     sizes = [len(part) for part in rows]
     owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(sizes))
-    return list(encoder.embed(encoded[torch.cat(rows)], states, owner).split(sizes))
-
-
-def _loss_change(
-    encoder: TextEncoder,
-    encoded: EncodedTexts,
-    labels: Tensor,
-    n_classes: int,
-    known: Tensor,
-    unseen: Tensor,
-    start: Tensor,
-    end: Tensor,
-    ridge: float,
-    seed: int,
-) -> Tensor:
-    """Loss at the end minus that at the start of up to `MOST_HELD_OUT` unseen rows, under heads of the known ones."""
-    known, unseen = (rows[balanced_rows(labels[rows], MOST_HELD_OUT, seed)] for rows in (known, unseen))
-    losses = []
-    for state in (start, end):
-        head_rows, test = _embed(encoder, encoded, [known, unseen], state.expand(2, *state.shape))
-        head = solve_head(head_rows.float(), labels[known], n_classes, "ridge", ridge=ridge)
-        targets = labels[unseen].to(test.device)
-        losses.append(calibrated_cross_entropy(head.logits(test.float()), targets, "none").cpu())
-    return losses[1] - losses[0]
+    return list(encoder.embed(encoded[torch.cat(list(rows))], states, owner).split(sizes))
