@@ -1,5 +1,7 @@
+
 """The verbs: what they parse, what they hand on, and how they fail."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -176,6 +178,14 @@ def test_prepare_then_train(base_folder, task_file, tmp_path):
     assert result.exit_code == 0, result.output
     assert list(json.loads(result.stdout)["provenance"]["training_tasks"]) == ["parcels"]
     assert (policy / "model.safetensors").exists()
+
+    refused = run(*line, "--report-to", "coffee")
+    assert refused.exit_code == 2
+    assert "coffee" in refused.stderr
+    if importlib.util.find_spec("tensorboard") is not None:
+        reported = run("--debug", *line, "--output", str(tmp_path / "reported"), "--report-to", "tensorboard")
+        assert reported.exit_code == 0, reported.output
+        assert list((tmp_path / "reported").rglob("events.out.tfevents.*"))
 
 
 @pytest.fixture
