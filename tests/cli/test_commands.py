@@ -1,4 +1,3 @@
-
 """The verbs: what they parse, what they hand on, and how they fail."""
 
 import importlib.util
