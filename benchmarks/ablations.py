@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from few_shot import bootstrap_interval, check_settings
 from setting import RESULTS, environment, load_base_model, write_json
-from text_suite import CONTRAST_VALIDATION, VALIDATION, contrast_tasks, load_tasks, training_tasks
+from splits import split_of
 
 from lohp_peft import LoHpPolicy, PolicyLearningConfig, TrajectoryDataset
 from lohp_peft.policy import rollout
@@ -91,7 +91,8 @@ class World:
         dataset = TrajectoryDataset.open(trajectories)
         model, tokenizer = load_base_model(base_model, "eager")
         encoder = TextEncoder(model, tokenizer, dataset.space, max_length=64, dtype=torch.bfloat16)
-        tasks, validation = training_tasks(), load_tasks(VALIDATION) + contrast_tasks([CONTRAST_VALIDATION])
+        split = split_of("validation")
+        tasks, validation = split.training_tasks(), split.validation_tasks()
         bank, held_out = (TaskBank(encoder, rows_per_task=rows_per_task) for _ in range(2))
         for side, members in ((bank, tasks), (held_out, validation)):
             for task in members:

@@ -19,12 +19,13 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from few_shot import SPLITS, bootstrap_interval, check_settings
+from few_shot import bootstrap_interval, check_settings
 from fitting import Budget, fit, load_setting
 from methods import CONTROLS, METHODS, Method
 from safetensors.torch import load_file
 from setting import RESULTS, describe_policy, environment, write_json
 from sklearn.metrics import accuracy_score, f1_score
+from splits import NEW_DOMAINS, SPLITS, split_of
 from text_suite import load_tasks
 
 from lohp_peft.tasks import draw
@@ -213,7 +214,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
     parser.add_argument("--processes", type=int, default=1, help="cells at once, each process with --threads threads")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="result file; results/compare[_validation].json by default")
+    parser.add_argument("--output", type=Path, help="result file; results/compare[_SPLIT].json by default")
     return parser.parse_args(arguments)
 
 
@@ -236,10 +237,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     foreign = [cell.policy for cell in wanted if cell.policy and not same_space(cell.policy, options)]
     if foreign:
         raise SystemExit(f"These policies are not in the compared policy's weight space: {sorted(set(foreign))}.")
-    names = options.tasks or SPLITS[options.split]
+    names = options.tasks or split_of(options.split).test
     trainings = {cell.fit: file_of(cell.fit, options.work) for cell in wanted if cell.fit}
     pending = [
-        (*one, budget, subject, options.trajectories, target)
+        (*one, options.split, budget, subject, options.trajectories, target)
         for one, target in trainings.items()
         if not target.exists()
     ]
@@ -253,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"[{title} {number}/{len(started)}] {job.result()}", flush=True)
     tasks = {name: json.loads((options.work / "tasks" / f"{name}.json").read_text()) for name in names}
     found = sorted(set.intersection(*(set(task) for task in tasks.values())), key=order_of)
+    numbers = sorted({shots_of(key) for key in found})
+    domains = {name: task for name, task in tasks.items() if name in NEW_DOMAINS}
     result = {
         "benchmark": "compare",
         "settings": settings,
@@ -262,10 +265,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for target in sorted((options.work / "fits").glob("*.safetensors"))
             if (tensors := load_file(target))
         },
-        "shots": {str(shots): summarise(tasks, found, shots) for shots in sorted({shots_of(key) for key in found})},
+        "shots": {str(shots): summarise(tasks, found, shots) for shots in numbers},
+        "new_domains": {str(shots): summarise(domains, found, shots) for shots in numbers} if domains else {},
         "tasks": {name: {key: task[key] for key in found} for name, task in tasks.items()},
     }
-    default = RESULTS / ("compare.json" if options.split == "test" else "compare_validation.json")
+    default = RESULTS / ("compare.json" if options.split == "test" else f"compare_{options.split}.json")
     if options.tasks and options.output is None:
         print("No result file: not all tasks of the split were asked for. Give --output to write one.")
     else:

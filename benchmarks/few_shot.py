@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from setting import RESULTS, describe_policy, environment, load_subject, write_json
-from text_suite import TEST, VALIDATION, load_tasks
+from splits import split_of
+from text_suite import load_tasks
 
 from lohp_peft import EvaluationConfig, evaluate_tasks
 
-SPLITS = {"test": TEST, "validation": VALIDATION}
 COMPARED = (
     ("generated", "none"),
     ("generated", "mean_adapter"),
@@ -90,7 +90,7 @@ def check_settings(work: Path, settings: Mapping[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path, help="folder of the finished tasks")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="which held-out tasks")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="which held-out tasks")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="these tasks instead of the whole split")
     parser.add_argument("--policy", default="shipped", help="shipped, a folder, or owner/name@commit")
     parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     policy = describe_policy(_subject[0])
     settings = json.loads(json.dumps({"split": options.split, "policy": policy, **asdict(config)}))
     check_settings(options.work, settings)
-    names = options.tasks or SPLITS[options.split]
+    names = options.tasks or split_of(options.split).test
     pending = [name for name in names if not (options.work / f"{name}.json").exists()]
     print(f"{len(names) - len(pending)} of {len(names)} tasks are done already", flush=True)
     if options.processes > 1 and len(pending) > 1:

@@ -9,7 +9,7 @@ import torch
 from methods import METHODS, Setting, Training
 from safetensors.torch import save_file
 from setting import encoder_of, load_base_model, load_subject
-from text_suite import CONTRAST_VALIDATION, VALIDATION, contrast_tasks, load_tasks, training_tasks
+from splits import Split, split_of
 
 from lohp_peft.tasks import EpisodeSampler, TaskBank, contrast_groups
 from lohp_peft.trajectories import TrajectoryDataset
@@ -34,12 +34,16 @@ def load_setting(policy: str, base_model: str) -> Setting:
 
 
 def training_of(
-    setting: Setting, encoder, budget: Budget, seed: int, recordings: tuple[list[str], torch.Tensor] | None = None
+    setting: Setting,
+    encoder,
+    split: Split,
+    budget: Budget,
+    seed: int,
+    recordings: tuple[list[str], torch.Tensor] | None = None,
 ) -> Training:
     """Training tasks, episodes and validation episodes, as in policy learning."""
-    held_out = load_tasks(VALIDATION) + contrast_tasks([CONTRAST_VALIDATION])
     sides = []
-    for tasks, contrast in ((training_tasks(), 0.3), (held_out, 0.2)):
+    for tasks, contrast in ((split.training_tasks(), 0.3), (split.validation_tasks(), 0.2)):
         bank = TaskBank(encoder, rows_per_task=budget.rows_per_task)
         for task in tasks:
             bank.add(task)
@@ -61,14 +65,14 @@ def recordings_of(trajectories: Path, setting: Setting) -> tuple[list[str], torc
 
 
 def fit(
-    name: str, seed: int, budget: Budget, subject: tuple[str, str], trajectories: Path | None, target: Path
+    name: str, seed: int, split: str, budget: Budget, subject: tuple[str, str], trajectories: Path | None, target: Path
 ) -> str:
     """Train one method and keep its tensors and its cost."""
     setting = load_setting(*subject)
     model, tokenizer = load_base_model(subject[1], "eager")
     encoder = encoder_of(setting.policy, model, tokenizer, torch.bfloat16)
     recordings = recordings_of(trajectories, setting) if trajectories else None
-    training = training_of(setting, encoder, budget, seed, recordings)
+    training = training_of(setting, encoder, split_of(split), budget, seed, recordings)
     start = time.perf_counter()
     tensors = METHODS[name].fit(training)
     tensors["minutes"] = torch.tensor((time.perf_counter() - start) / 60)

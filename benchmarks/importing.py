@@ -19,7 +19,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from setting import RESULTS, describe_policy, environment, load_base_model, load_subject, write_json
-from text_suite import load_tasks, training_names
+from splits import split_of
+from text_suite import load_tasks
 from torch.nn.functional import cross_entropy
 
 from lohp_peft import WeightPreparationConfig
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--score-query-rows", type=int, default=64)
     parser.add_argument("--output", type=Path, default=RESULTS / "importing.json")
     options = parser.parse_args(arguments)
-    held_out = sorted(set(options.tasks) - set(training_names()))
+    held_out = sorted(set(options.tasks) - set(split_of("test").training))
     if held_out:
         parser.error(f"only training tasks may be used, not {', '.join(held_out)}")
     policy, model, tokenizer = load_subject(options.policy, options.base_model)

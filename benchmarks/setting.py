@@ -11,22 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from text_suite import minilm
-from transformers import AutoModel, AutoTokenizer
+from text_suite import load_base_model
 
 from lohp_peft import LoHpPolicy
 from lohp_peft.tasks import TextEncoder
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "lohp-peft")
-
-
-def load_base_model(name: str, attention: str = "sdpa"):
-    """The embedded base model for `minilm`, else a folder's; with its tokenizer."""
-    if name == "minilm":
-        return minilm(attention)
-    model = AutoModel.from_pretrained(name, attn_implementation=attention).eval().requires_grad_(False)
-    return model, AutoTokenizer.from_pretrained(name)
 
 
 def load_subject(policy: str, base_model: str):

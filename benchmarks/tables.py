@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rendering import interval, percent, signed, table, where, with_error
+from compared import compare, transfer
+from rendering import percent, signed, table, where, with_error
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -92,34 +93,6 @@ def few_shot_tasks(result: Mapping[str, Any]) -> str:
         for name, task in sorted(result["tasks"].items(), key=lambda item: (item[1]["family"], item[0]))
     ]
     return table(("task", "family", "classes", *(method.replace("_", " ") for method in methods)), rows)
-
-
-def compare(result: Mapping[str, Any]) -> str:
-    """The field beside ours, one table for each number of examples."""
-    settings, parts = result["settings"], []
-    for shots, methods in result["shots"].items():
-        rows = []
-        for name, row in methods.items():
-            differences = [interval(row.get(f"{ours}_minus_it")) for ours in ("ours", "ours_steps")]
-            title = name.replace("_", " ").replace(" | ", ", control: ")
-            rows.append(
-                (title, percent(row["accuracy"]), percent(row["macro_f1"]), *differences, f"{row['seconds']:.2f}")
-            )
-        header = (f"{shots} examples per class", "accuracy, %", "macro F1, %")
-        header += ("ours minus it [95 %]", "ours steps minus it [95 %]", "seconds")
-        parts.append(table(header, rows))
-    trained = ", ".join(
-        f"{name.replace('_', ' ')} {cost['minutes']:.0f} min" for name, cost in result["trained"].items()
-    )
-    budget = settings["budget"]
-    texts = "all" if settings["max_test"] is None else f"at most {settings['max_test']}"
-    note = (
-        f"{len(result['tasks'])} {'held-out' if settings['split'] == 'test' else settings['split']} tasks, {settings['draws']} draws, "
-        f"{texts} test texts. "
-        f"Trained methods: {budget['steps']} steps of {budget['batch_size']} episodes through the base model ({trained}). Seconds are "
-        f"for choosing adapter and head once the examples' features are there, and rough: other jobs ran beside. {where(result)}"
-    )
-    return "\n\n".join([*parts, note])
 
 
 def contrast(result: Mapping[str, Any]) -> str:
@@ -332,6 +305,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "few_shot_validation": ("few_shot_validation", few_shot),
     "compare": ("compare", compare),
     "contrast": ("contrast", contrast),
+    "transfer": ("transfer", transfer),
     "latency": ("latency", latency),
     "latency_tasks": ("latency", latency_tasks),
     "warm_start": ("warm_start", warm_start),

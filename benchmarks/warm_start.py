@@ -17,10 +17,11 @@ from pathlib import Path
 from statistics import fmean, median
 
 import torch
-from few_shot import SPLITS, check_settings
+from few_shot import check_settings
 from fitting import load_setting
 from safetensors.torch import load_file
 from setting import RESULTS, describe_policy, environment, write_json
+from splits import split_of
 from text_suite import load_tasks
 from torch import Tensor
 
@@ -138,7 +139,7 @@ def plot(result: dict, file: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder of the finished tasks")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="which held-out tasks")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="which held-out tasks")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="these tasks instead of the whole split")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS[:4]))
     parser.add_argument("--fits", type=Path, help="folder of trainings, for the starts reptile and multi_task")
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {name: getattr(options, name) for name in shown}
     settings["policy"] = describe_policy(load_setting(options.policy, options.base_model).policy)
     check_settings(options.work, settings)
-    names = options.tasks or SPLITS[options.split]
+    names = options.tasks or split_of(options.split).test
     pending = [name for name in names if not (options.work / f"{name}.json").exists()]
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         jobs = [pool.submit(score_task, name, options) for name in pending]

@@ -218,7 +218,7 @@ def test_every_method_gives_a_classifier(compare, scripts, subject):
     support = setting.support(task.draw_support(6, 0), 0)
     fitting = scripts("fitting")
     encoder = fitting.encoder_of(setting.policy, *fitting.load_base_model(subject[3], "eager"))
-    training = fitting.training_of(setting, encoder, fitting.Budget(2, 1, 1, 2, 20), seed=0)
+    training = fitting.training_of(setting, encoder, fitting.split_of("test"), fitting.Budget(2, 1, 1, 2, 20), seed=0)
     with pytest.raises(SystemExit, match="--trajectories"):
         methods.METHODS["drag_and_drop"].fit(training)
     names = training.sampler.names
@@ -322,10 +322,48 @@ def test_training_cost(scripts, tmp_path):
 
 
 @pytest.mark.slow
+def test_transfer(scripts, subject, tmp_path, monkeypatch):
+    """Both stages and the scores of a fold; what is there is not done again, and no family left out is trained."""
+    suite = scripts("text_suite")
+    groups = [name for group in suite.CONTRAST_TRAINING for name in group]
+    of = {name: "stance" for name in groups if name.startswith("stance")} | {"stance_climate": "stance"}
+    data = toy.save_suite(tmp_path / "data", [*suite.VALIDATION, *groups, "stance_climate"], of)
+    monkeypatch.setenv("LOHP_DATA", str(data))
+    transfer = scripts("transfer")
+    line = [str(tmp_path / "work"), "--folds", "4", "--base-model", subject[3], "--cloning-steps", "1", "--draws", "2"]
+    line += [
+        "--training-steps",
+        "1",
+        "--episodes",
+        "1",
+        "--validation-episodes",
+        "2",
+        "--shots",
+        "4",
+        "--max-test",
+        "8",
+    ]
+    transfer.main([*line, "--output", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["tasks"]) == {"stance_climate", "stance_abortion", "stance_atheism"}
+    assert set(result["families"]) == {"stance"}
+    assert result["families"]["stance"]["tasks"] == 3
+    policy = json.loads((tmp_path / "work" / "fold_4" / "policy" / "config.json").read_text())
+    trained = set(policy["provenance"]["training_tasks"])
+    assert "amazon_software" in trained
+    assert not any("stance" in name for name in trained)
+    assert "| stance |" in scripts("tables").transfer(result)
+    untouched = (tmp_path / "work" / "fold_4" / "policy" / "cost.json").stat().st_mtime_ns
+    transfer.main([*line, "--output", str(tmp_path / "again.json")])
+    assert (tmp_path / "work" / "fold_4" / "policy" / "cost.json").stat().st_mtime_ns == untouched
+    assert json.loads((tmp_path / "again.json").read_text())["tasks"] == result["tasks"]
+
+
+@pytest.mark.slow
 def test_ablations(compare, scripts, subject, tmp_path, capsys):
     """Every variant; what is there is not trained again."""
-    suite, ablations = scripts("text_suite"), scripts("ablations")
-    tasks = suite.training_tasks()
+    ablations = scripts("ablations")
+    tasks = ablations.split_of("validation").training_tasks()
     model, tokenizer = scripts("setting").load_base_model(subject[3])
     layout = AdapterLayout.from_model(model, ["query", "value"])
     encoder = TextEncoder(model, tokenizer, CoreSpace.from_base_weights(model, layout, 2))

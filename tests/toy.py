@@ -50,7 +50,7 @@ def save_policy(folder: Path, base_model: Path) -> Path:
     return folder / "policy"
 
 
-def save_suite(folder: Path, names: list[str]) -> Path:
+def save_suite(folder: Path, names: list[str], families: dict[str, str] | None = None) -> Path:
     """A text suite of one sentiment task per name; each is about a thing of its own."""
     (folder / "text").mkdir(parents=True)
     for number, name in enumerate(names):
@@ -64,7 +64,7 @@ def save_suite(folder: Path, names: list[str]) -> Path:
         ]
         with gzip.open(folder / "text" / f"{name}.jsonl.gz", "wt") as stream:
             stream.write("\n".join(map(json.dumps, rows)))
-    about = {name: {"family": "review", "licence_class": "open"} for name in names}
+    about = {name: {"family": (families or {}).get(name, "review"), "licence_class": "open"} for name in names}
     (folder / "text" / "tasks.json").write_text(json.dumps(about))
     (folder / "text" / "suites.json").write_text(json.dumps({"overlap_groups": {}}))
     return folder

@@ -1,0 +1,143 @@
+"""Tasks of families that no training task belongs to: `python benchmarks/transfer.py WORK_FOLDER`.
+
+The families of the text suite are left out in five folds. For each fold both stages run anew on the other families' tasks
+(bases, recordings, policy; less of each than the shipped policy had), then the policy and its baselines are scored on the
+families left out, as `compare.py` does. A run that was stopped is continued by the same command; folds run on
+`--processes`. The question is whether it pays where nothing like the task was trained, and whether it ever does harm.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import compare
+import torch
+from few_shot import bootstrap_interval, check_settings
+from setting import RESULTS, environment, write_json
+from shipped_policy import prepare, train
+from splits import TRANSFER_FOLDS, families
+
+METHODS = ("none", "mean", "multi_task", "ours_raw", "ours", "ours_steps")
+OURS = ("ours", "ours_steps")
+AGAINST = ("none", "mean", "multi_task")
+
+
+def run_fold(fold: int, options: argparse.Namespace) -> int:
+    """Both stages and the scores of one fold; what is there already is not done again."""
+    torch.set_num_threads(options.threads)
+    work, split = options.work / f"fold_{fold}", ["--split", f"transfer_{fold}"]
+    base = ["--base-model", options.base_model]
+    trajectories, policy, result = work / "trajectories", work / "policy", work / "result.json"
+    if not (trajectories / "cost.json").exists():
+        prepare.main([str(trajectories), *split, *base, "--optimizers", *options.optimizers])
+    if not (policy / "cost.json").exists():
+        learning = {
+            "batch_size": options.episodes,
+            "cloning_steps": options.cloning_steps,
+            "training_steps": options.training_steps,
+            "validate_every": max(1, options.training_steps // 2),
+            "validation_episodes": options.validation_episodes,
+        }
+        settings = [f"{key}={value}" for key, value in learning.items()]
+        train.main([str(trajectories), str(policy), *settings, *split, *base])
+    scores = ["--methods", *METHODS, "--controls", "--shots", str(options.shots), "--draws", str(options.draws)]
+    scores += ["--max-test", str(options.max_test), "--threads", str(options.threads), "--output", str(result)]
+    scores += ["--steps", str(options.training_steps), "--episodes", str(options.episodes)]
+    scores += ["--validation-episodes", str(options.validation_episodes), "--policy", str(policy)]
+    compare.main([str(work / "compare"), *split, *base, *scores])
+    return fold
+
+
+def differences(tasks: Iterable[dict[str, Any]], mine: str, other: str) -> dict[str, float]:
+    """Mean over tasks of one method minus another, and its interval over the draws of all these tasks, paired."""
+    pairs = [(task[mine], task[other]) for task in tasks]
+    each = [fmean(a["per_draw"]) - fmean(b["per_draw"]) for a, b in pairs]
+    drawn = [x - y for a, b in pairs for x, y in zip(a["per_draw"], b["per_draw"], strict=True)]
+    low, high = bootstrap_interval(each if len(each) >= 5 else drawn)
+    return {"mean": fmean(each), "low": low, "high": high}
+
+
+def summarise(tasks: dict[str, dict[str, Any]], of: dict[str, str]) -> dict[str, Any]:
+    """Means by method over all tasks and by family, and ours minus the others.
+
+    Intervals are over tasks; those of a family with fewer than five tasks over the draws of its tasks.
+    """
+
+    def row(names: Sequence[str]) -> dict[str, Any]:
+        members = [tasks[name] for name in names]
+        return {
+            "tasks": len(names),
+            "methods": {
+                method: {key: fmean(task[method][key] for task in members) for key in ("accuracy", "macro_f1")}
+                for method in METHODS
+            },
+            "differences": {
+                f"{mine} - {other}": differences(members, mine, other) for mine in OURS for other in AGAINST
+            },
+        }
+
+    by_family: dict[str, list[str]] = {}
+    for name in tasks:
+        by_family.setdefault(of[name], []).append(name)
+    return {"all": row(list(tasks)), "families": {family: row(names) for family, names in by_family.items()}}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder of the finished cells")
+    parser.add_argument("--folds", nargs="+", type=int, default=list(range(len(TRANSFER_FOLDS))))
+    parser.add_argument("--optimizers", nargs="+", default=["adamw"], help="recorded")
+    parser.add_argument("--cloning-steps", type=int, default=120)
+    parser.add_argument("--training-steps", type=int, default=120, help="of ours after cloning, and of the baseline")
+    parser.add_argument("--episodes", type=int, default=4, help="episodes in a training step")
+    parser.add_argument("--validation-episodes", type=int, default=48)
+    parser.add_argument("--shots", type=int, default=16, help="support examples per class")
+    parser.add_argument("--draws", type=int, default=3, help="support sets per task")
+    parser.add_argument("--max-test", type=int, default=300, help="most test rows per task")
+    parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
+    parser.add_argument("--processes", type=int, default=1, help="folds at once, each process with --threads threads")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS / "transfer.json")
+    options = parser.parse_args(arguments)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes that are started
+    free = ("work", "folds", "base_model", "processes", "threads", "output")
+    settings = {key: value for key, value in vars(options).items() if key not in free}
+    check_settings(options.work, settings)
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        jobs = [pool.submit(run_fold, fold, options) for fold in options.folds]
+        for number, job in enumerate(as_completed(jobs), 1):
+            print(f"[fold {number}/{len(jobs)}] {', '.join(TRANSFER_FOLDS[job.result()])}", flush=True)
+    tasks: dict[str, dict[str, Any]] = {}
+    folds = []
+    for fold in options.folds:
+        work = options.work / f"fold_{fold}"
+        found = json.loads((work / "result.json").read_text())
+        tasks |= {name: {key.split("/")[0]: x for key, x in cells.items()} for name, cells in found["tasks"].items()}
+        minutes = {
+            stage: json.loads((work / stage / "cost.json").read_text())["minutes"]
+            for stage in ("trajectories", "policy")
+        }
+        minutes["multi_task"] = found["trained"]["multi_task-0"]["minutes"]
+        folds.append({"families": TRANSFER_FOLDS[fold], "policy": found["settings"]["policy"], "minutes": minutes})
+    result = {
+        "benchmark": "transfer",
+        "settings": settings,
+        "environment": environment(),
+        "folds": folds,
+        **summarise(tasks, families()),
+        "tasks": tasks,
+    }
+    write_json(options.output, result)
+    for method, scores in result["all"]["methods"].items():
+        print(f"{method:16} {100 * scores['accuracy']:5.1f} %")
+
+
+if __name__ == "__main__":
+    main()
