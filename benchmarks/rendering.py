@@ -3,6 +3,28 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+NAMES = {
+    "none": "no adapter",
+    "mean_adapter": "mean of the training adapters",
+    "nearest_adapter": "nearest training task's adapter",
+    "generated": "**generated**",
+    "generated_raw": "generated, raw rollout",
+    "wrong_task": "control: raw, conditioned on the wrong task",
+    "shuffled_labels": "control: raw, labels shuffled",
+    "adamw": "AdamW on the same examples",
+    "ours": "**generated, raw rollout**",
+    "ours_swapped": "control: conditioned on the other labeling",
+    "floor": "one adapter trained on both labelings",
+    "specialist": "specialist for this labeling",
+    "wrong_specialist": "specialist for the other labeling",
+}
+CONTRASTS = {
+    "ours_minus_floor": "generated minus one adapter for both, points",
+    "share_of_the_way": "generated: share of the way from that adapter to the specialist, %",
+    "ours_minus_swapped": "generated minus the other labeling's, points",
+    "specialist_minus_wrong": "specialist minus the other labeling's, points",
+}
+
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
@@ -10,6 +32,10 @@ def percent(value: float) -> str:
 
 def signed(value: float) -> str:
     return f"{100 * value:+.1f}"
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}"
 
 
 def with_error(row: Mapping[str, Any]) -> str:

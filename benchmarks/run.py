@@ -14,7 +14,7 @@ SUITES = {
     "few_shot": ("few_shot.py", "{work}/few_shot", "--processes", "2"),
     "few_shot_validation": ("few_shot.py", "{work}/few_shot_validation", "--split", "validation", "--processes", "2"),
     "compare": ("compare.py", "{work}/compare", "--processes", "2"),
-    "contrast": ("contrast.py",),
+    "contrast": ("contrast.py", "{work}/contrast"),
     "latency": ("latency.py",),
     "warm_start": ("warm_start.py", "{work}/warm_start", "--processes", "2"),
     "scaling": ("scaling.py",),

@@ -13,27 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from compared import compare, transfer
-from rendering import percent, signed, table, where, with_error
+from rendering import CONTRASTS, NAMES, percent, share, signed, table, where, with_error
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "examples" / "large_models" / "README.md")
 BLOCK = re.compile(r"(<!-- results:begin (\w+) -->\n).*?(<!-- results:end -->)", re.DOTALL)
-NAMES = {
-    "none": "no adapter",
-    "mean_adapter": "mean of the training adapters",
-    "nearest_adapter": "nearest training task's adapter",
-    "generated": "**generated**",
-    "generated_raw": "generated, raw rollout",
-    "wrong_task": "control: raw, conditioned on the wrong task",
-    "shuffled_labels": "control: raw, labels shuffled",
-    "adamw": "AdamW on the same examples",
-    "ours": "**generated, raw rollout**",
-    "ours_swapped": "control: conditioned on the other labeling",
-    "floor": "one adapter trained on both labelings",
-    "specialist": "specialist for this labeling",
-    "wrong_specialist": "specialist for the other labeling",
-}
 
 
 def headline(result: Mapping[str, Any]) -> str:
@@ -96,18 +81,29 @@ def few_shot_tasks(result: Mapping[str, Any]) -> str:
 
 
 def contrast(result: Mapping[str, Any]) -> str:
-    """Both labelings side by side."""
-    labelings, settings = result["labelings"], result["settings"]
+    """Every pair under both labelings, with what follows from it, and all of them together."""
+    settings, overall = result["settings"], result["overall"]
+    columns = [(name, labeling) for name, pair in result["pairs"].items() for labeling in pair["labelings"]]
+    scored = [result["pairs"][name]["labelings"][labeling] for name, labeling in columns]
+    derived = [*(result["pairs"][name]["derived"][labeling] for name, labeling in columns), overall]
     rows = [
-        (NAMES[name], *(with_error(labelings[labeling][name]) for labeling in labelings))
-        for name in next(iter(labelings.values()))
+        (NAMES[method], *(with_error(column[method]) for column in scored), percent(accuracy))
+        for method, accuracy in overall["accuracy"].items()
     ]
-    note = (
-        f"Texts of {', '.join(settings['domains'])} pooled; {settings['shots']} examples per class, {settings['draws']} "
-        f"draws (+- standard error of their mean), {settings['test_texts']} test texts. {where(result)}"
-    )
-    header = ("accuracy, %", *(f"labelled by {labeling}" for labeling in labelings))
-    return f"{table(header, rows)}\n\n{note}"
+    for key, title in CONTRASTS.items():
+        show = share if key == "share_of_the_way" else signed
+        rows.append((title, *(show(column[key]) for column in derived)))
+    notes = [
+        f"{settings['shots']} examples per class, {settings['draws']} draws (+- standard error of their mean); domains and classes count "
+        f"alike. Specialists differ by a point or more on {overall['specialists_differ']} of {overall['labelings']} labelings."
+    ]
+    notes += [
+        f"{name}: {', '.join(pair['domains'])}, {pair['test_texts']} test texts, at least "
+        f"{pair['fewest_test_texts_of_domain_and_class']} of each domain and class. {where(pair)}"
+        for name, pair in result["pairs"].items()
+    ]
+    header = ("accuracy, %", *(f"{name}, by {labeling}" for name, labeling in columns), "all")
+    return "\n\n".join((table(header, rows), "\n".join(f"* {note}" for note in notes)))
 
 
 def latency(result: Mapping[str, Any]) -> str:

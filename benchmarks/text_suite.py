@@ -6,6 +6,7 @@ The data are not part of the project: set `LOHP_DATA` to the folder that holds `
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,6 +34,28 @@ CONTRAST_TRAINING = (
 )
 CONTRAST_VALIDATION = ("amazon_music", "amazon_baby", "amazon_magazines")
 CONTRAST_TEST = ("amazon_electronics", "amazon_kitchen_housewares", "amazon_dvd")
+
+
+@dataclass(frozen=True)
+class ContrastPair:
+    """Two labelings of the same texts, by class and by domain: pools of domains that share their classes.
+
+    Args:
+        training: The groups of domains that floor and specialists are trained on.
+        validation: The pool on which their step is chosen; where it is a training group, on the rows of its split test.
+        test: The pool that is scored.
+    """
+
+    training: tuple[tuple[str, ...], ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+CONTRAST_PAIRS = {
+    "sentiment": ContrastPair(CONTRAST_TRAINING[:4], CONTRAST_VALIDATION, CONTRAST_TEST),
+    "stance": ContrastPair(CONTRAST_TRAINING[4:5], CONTRAST_TRAINING[4], ("stance_climate", "stance_feminist")),
+    "sarcasm": ContrastPair(CONTRAST_TRAINING[5:], CONTRAST_TRAINING[5], ("sarcasm_twitter", "sarcasm_reddit")),
+}
 TARGET_MODULES = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 RANK = 16
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -111,41 +112,140 @@ def test_importing(scripts, subject, tmp_path, monkeypatch):
         importing.main([*line, "--tasks", "cr"])
 
 
+@pytest.fixture
+def contrast(scripts, tmp_path, monkeypatch):
+    """The contrast suite with every domain of every pair."""
+    pairs = scripts("text_suite").CONTRAST_PAIRS.values()
+    names = dict.fromkeys(name for p in pairs for group in (p.test, p.validation, *p.training) for name in group)
+    monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", list(names))))
+    return scripts("contrast")
+
+
 @pytest.mark.slow
-def test_contrast(scripts, subject, tmp_path, monkeypatch):
-    contrast = scripts("contrast")
-    names = [
-        *contrast.CONTRAST_TEST,
-        *contrast.CONTRAST_VALIDATION,
-        *(n for g in contrast.CONTRAST_TRAINING for n in g),
-    ]
-    monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", names)))
-    line = [*subject, "--shots", "6", "--draws", "2", "--steps", "2", "--episodes", "1", "--validate-every", "1"]
-    contrast.main([*line, "--validation-draws", "1", "--no-bf16", "--output", str(tmp_path / "result.json")])
+def test_contrast(contrast, scripts, subject, tmp_path, capsys):
+    """All pairs; what is there is not run again, and never with other settings."""
+    line = [str(tmp_path / "work"), *subject, "--shots", "6", "--draws", "2", "--max-test", "12", "--steps", "2"]
+    line += ["--episodes", "1", "--validate-every", "1", "--validation-draws", "1", "--no-bf16"]
+    line += ["--output", str(tmp_path / "result.json")]
+    contrast.main(line)
     result = result_of(tmp_path / "result.json")
-    assert set(result["labelings"]) == {"class", "domain"}
-    for methods in result["labelings"].values():
-        assert set(methods) == {"none", "floor", "ours", "ours_swapped", "specialist", "wrong_specialist"}
-        assert all(len(row["per_draw"]) == 2 and 0 <= row["accuracy"] <= 1 for row in methods.values())
-    assert set(result["trained"]) == {"floor", "specialist_class", "specialist_domain"}
+    assert list(result["pairs"]) == ["sentiment", "stance", "sarcasm"]
+    methods = {"none", "floor", "ours", "ours_swapped", "specialist", "wrong_specialist"}
+    rows = []
+    for pair in result["pairs"].values():
+        assert set(pair["labelings"]) == set(pair["derived"]) == {"class", "domain"}
+        assert set(pair["trained"]) == {"floor", "specialist_class", "specialist_domain"}
+        assert pair["test_texts"] == 12
+        for labeling in pair["labelings"].values():
+            assert set(labeling) == methods
+            assert all(len(row["per_draw"]) == 2 and 0 <= row["accuracy"] <= 1 for row in labeling.values())
+            rows.append(labeling)
+    for method, mean in result["overall"]["accuracy"].items():
+        assert mean == pytest.approx(fmean(row[method]["accuracy"] for row in rows))
+    table = scripts("tables").contrast(result)
+    assert "| stance, by domain |" in table
+    assert "* sarcasm: sarcasm_twitter, sarcasm_reddit, 12 test texts, at least 3 of each" in table
+
+    (tmp_path / "work" / "stance.json").unlink()
+    before = (tmp_path / "work" / "sentiment.json").stat().st_mtime_ns
+    capsys.readouterr()
+    contrast.main([*line, "--pairs", "stance"])
+    assert "0 of 1 pairs are done already" in capsys.readouterr().out
+    assert (tmp_path / "work" / "sentiment.json").stat().st_mtime_ns == before
+    again = result_of(tmp_path / "result.json")["pairs"]  # the others are still in it
+    assert list(again) == list(result["pairs"])
+    assert again["stance"]["labelings"] == result["pairs"]["stance"]["labelings"]
+    with pytest.raises(SystemExit, match="draws"):
+        contrast.main([*line, "--draws", "3"])
 
 
 @pytest.mark.slow
-def test_contrast_supports_are_balanced(scripts, tmp_path, monkeypatch):
-    contrast = scripts("contrast")
-    names = list(contrast.CONTRAST_TEST)
-    monkeypatch.setenv("LOHP_DATA", str(toy.save_suite(tmp_path / "data", names)))
-    pool = contrast.pool(names, max_test=30)
-    for labeling, size, cells in (("class", 2, 2), ("domain", 3, 3)):
+@pytest.mark.parametrize(("pair", "domains", "classes"), [("sentiment", 3, 2), ("stance", 2, 3), ("sarcasm", 2, 2)])
+def test_contrast_supports_are_balanced(contrast, pair, domains, classes):
+    pool = contrast.pool(contrast.CONTRAST_PAIRS[pair].test, max_test=30)
+    cells = domains * classes
+    for labeling, size in (("class", classes), ("domain", domains)):
         support = pool.draw(6, labeling, seed=0)
         assert len(support) == 6 * size
-        assert support.targets.bincount().tolist() == [cells] * 6  # every domain with every class
+        assert support.targets.bincount().tolist() == [6 * size // cells] * cells  # every domain with every class
         assert pool.labels(support.targets, labeling).bincount().tolist() == [6] * size
-    for text, cell in zip(pool.test.texts, pool.test.labels, strict=True):
-        assert (text.split()[0] in toy.GOOD) == bool(pool.labels(pool.test.targets.new_tensor(cell), "class"))
-    assert pool.test.targets.bincount().tolist() == [5] * 6
+    words = [toy.BAD, *([toy.PLAIN] if classes == 3 else []), toy.GOOD]  # labels in alphabetical order
+    for text, cell in zip(pool.test.texts, pool.test.targets, strict=True):
+        assert text.split()[0] in words[int(pool.labels(cell, "class"))]
+    assert pool.test.targets.bincount().tolist() == [30 // cells] * cells
     with pytest.raises(SystemExit, match="multiple"):
-        pool.draw(4, "class", seed=0)
+        pool.draw(5, "class", seed=0)
+    with pytest.raises(SystemExit, match="has only 16"):
+        pool.draw(60, "class", seed=0)
+    with pytest.raises(SystemExit, match=f"at least {cells}"):
+        contrast.pool(contrast.CONTRAST_PAIRS[pair].test, max_test=cells - 1)
+
+
+def test_contrast_pairs_test_what_was_not_trained_on(scripts):
+    suite = scripts("text_suite")
+    for pair in suite.CONTRAST_PAIRS.values():
+        assert set(pair.training) <= set(suite.CONTRAST_TRAINING)
+        trained = {name for group in pair.training for name in group}
+        assert set(pair.test) <= {*suite.TEST, *suite.VALIDATION}
+        assert not trained & {*suite.TEST, *suite.VALIDATION}
+        assert pair.validation in pair.training or set(pair.validation) <= set(suite.VALIDATION)
+
+
+def test_contrast_pool_of_trained_domains(contrast, monkeypatch):
+    """Support and test rows are different ones of split test, and no text of two domains is in either."""
+    names = contrast.CONTRAST_PAIRS["stance"].validation
+    first, second = contrast.load_tasks(names)
+    texts = tuple(f"{split} {i}" for i, split in enumerate(first.splits))
+    first = replace(first, examples=replace(first.examples, texts=texts))
+    shared = texts.index(next(text for text in texts if text.startswith("test")))
+    other = (texts[shared], *second.examples.texts[1:])
+    second = replace(second, examples=replace(second.examples, texts=other))
+    monkeypatch.setattr(contrast, "load_tasks", lambda names: [first, second])
+    pool = contrast.pool(names, max_test=1000, trained_on=True)
+    assert not set(pool.train.texts) & set(pool.test.texts)
+    found = {*pool.train.texts, *pool.test.texts}
+    assert {text for text in texts if text.startswith("test")} - {texts[shared]} < found
+    assert texts[shared] not in found
+    assert not any(text.startswith("train") for text in found)
+    assert sorted(pool.train.targets.bincount().tolist()) == [8] * 6
+
+
+def accuracies(*values: float) -> dict[str, dict[str, float]]:
+    names = ("floor", "ours", "ours_swapped", "specialist", "wrong_specialist")
+    return {name: {"accuracy": value} for name, value in zip(names, values, strict=True)}
+
+
+def test_contrast_differences(scripts):
+    contrast = scripts("contrast")
+    labelings = {
+        "class": accuracies(0.60, 0.65, 0.50, 0.70, 0.40),
+        "domain": accuracies(0.90, 0.88, 0.85, 0.904, 0.90),
+    }
+    negative = {"class": accuracies(0.80, 0.81, 0.80, 0.70, 0.695)}
+    found = contrast.summarise({"a": {"labelings": labelings}, "b": {"labelings": negative}})
+    derived = found["pairs"]["a"]["derived"]
+    assert derived["class"]["share_of_the_way"] == pytest.approx(0.5)
+    assert derived["class"]["ours_minus_swapped"] == pytest.approx(0.15)
+    assert derived["class"]["specialist_minus_wrong"] == pytest.approx(0.3)
+    assert derived["domain"]["share_of_the_way"] is None  # 0.4 points are no distance
+    assert found["pairs"]["b"]["derived"]["class"]["share_of_the_way"] is None
+    overall = found["overall"]
+    assert overall["labelings"] == 3
+    assert overall["specialists_differ"] == 1
+    assert overall["ours_minus_floor"] == pytest.approx((0.05 - 0.02 + 0.01) / 3)
+    assert overall["ours_minus_swapped"] == pytest.approx((0.15 + 0.03 + 0.01) / 3)
+    assert overall["share_of_the_way"] == pytest.approx((0.05 - 0.02) / (0.1 + 0.004))
+    assert contrast.summarise({"b": {"labelings": negative}})["overall"]["share_of_the_way"] is None
+    assert scripts("rendering").share(None) == "-"
+
+
+def test_contrast_counts_domains_and_classes_alike(scripts):
+    contrast = scripts("contrast")
+    test = contrast.Examples(tuple("abcde"), (0, 0, 0, 1, 2), tuple("0123"))  # by class 0 0 0 1 0, by domain 0 0 0 0 1
+    pool = contrast.Pool(test, test, domains=2, classes=2)
+    predicted = torch.tensor([0, 0, 1, 1, 1])
+    assert pool.accuracy(predicted, "class") == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert pool.accuracy(predicted, "domain") == pytest.approx((2 / 3 + 0 + 1) / 3)
 
 
 @pytest.fixture

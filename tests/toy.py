@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 ROOT = Path(__file__).parent.parent
 GOOD = "good fine great lovely".split()
 BAD = "bad poor awful dull".split()
+PLAIN = "plain usual common middling".split()
 THINGS = "film radio kettle novel lamp chair phone game shoe song".split()
 
 
@@ -51,14 +52,15 @@ def save_policy(folder: Path, base_model: Path) -> Path:
 
 
 def save_suite(folder: Path, names: list[str], families: dict[str, str] | None = None) -> Path:
-    """A text suite of one sentiment task per name; each is about a thing of its own."""
+    """A text suite of one sentiment task per name, each about a thing of its own; stance tasks have a third class."""
     (folder / "text").mkdir(parents=True)
     for number, name in enumerate(names):
         thing = THINGS[number % len(THINGS)]
+        classes = {"negative": BAD, "positive": GOOD} | ({"none": PLAIN} if name.startswith("stance_") else {})
         rows = [
             {"text": f"{word} {thing} {other} {number}", "label": label, "split": split}
             for split in ("train", "test")
-            for label, words in (("negative", BAD), ("positive", GOOD))
+            for label, words in classes.items()
             for word in words
             for other in THINGS[:4]
         ]
