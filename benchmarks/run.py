@@ -15,6 +15,7 @@ SUITES = {
     "few_shot_validation": ("few_shot.py", "{work}/few_shot_validation", "--split", "validation", "--processes", "2"),
     "compare": ("compare.py", "{work}/compare", "--processes", "2"),
     "contrast": ("contrast.py", "{work}/contrast"),
+    "transfer": ("transfer.py", "{work}/transfer", "--processes", "2"),
     "latency": ("latency.py",),
     "warm_start": ("warm_start.py", "{work}/warm_start", "--processes", "2"),
     "scaling": ("scaling.py",),

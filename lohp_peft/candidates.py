@@ -56,7 +56,9 @@ class GenerationConfig:
     closed_loop: bool = field(default=False, metadata={"help": "measure the features again at every policy step"})
     gradient_steps: int = field(
         default=0,
-        metadata={"help": "Adam steps behind the rollout, kept where unseen examples confirm them; 0 is forward-only"},
+        metadata={
+            "help": "most Adam steps behind the rollout, kept where unseen examples confirm them; 0 is forward-only"
+        },
     )
     gradient_learning_rate: float = field(
         default=0.3, metadata={"help": "their learning rate, in units of the policy's scale"}
@@ -242,7 +244,6 @@ class CandidateSet:
         """The generated adapter after gradient steps where unseen examples confirm them, else the choice so far."""
         config, examples = self.config, self.examples[task]
         rows = torch.arange(len(self.owner)).split(self.sizes)[task]
-        name = f"generated + {config.gradient_steps} gradient steps"
         taken = verified_steps(
             self.encoder,
             self.encoded[rows],
@@ -252,16 +253,17 @@ class CandidateSet:
             self.policy.scale,
             steps=config.gradient_steps,
             learning_rate=config.gradient_learning_rate,
+            margin=config.gradient_margin,
             ridge=self.policy.config.ridge,
             seed=config.seed,
         )
         if taken is None:
             return replace(choice, reason=f"{choice.reason} {TOO_FEW_FOR_STEPS}")
-        mean, error = taken.change
-        verdict = f"{config.gradient_steps} gradient steps change the loss of unseen examples by {mean:+.3f} +- {error:.3f} nats"
+        (mean, error), name = taken.change, f"generated + {taken.steps} gradient steps"
+        verdict = f"{taken.steps} gradient steps change the loss of unseen examples by {mean:+.3f} +- {error:.3f} nats"
         candidates = (*choice.candidates, Candidate(name, excess=taken.change))
-        if taken.confirmed(config.gradient_margin):
-            return Choice(taken.state, None, candidates, name, f"{verdict}.", config.gradient_steps)
+        if taken.confirmed:
+            return Choice(taken.state, None, candidates, name, f"{verdict}.", taken.steps)
         return replace(choice, candidates=candidates, reason=f"{choice.reason} {verdict}: not kept.")
 
     def embeddings(self, choices: Sequence[Choice]) -> list[Tensor]:

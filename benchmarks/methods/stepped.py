@@ -28,7 +28,8 @@ class Stepped(Method):
             setting.policy.scale,
             steps=config.gradient_steps,
             learning_rate=config.gradient_learning_rate,
+            margin=config.gradient_margin,
             ridge=setting.policy.config.ridge,
             seed=config.seed,
         )
-        return taken.state if taken is not None and taken.confirmed(config.gradient_margin) else start
+        return taken.state if taken is not None and taken.confirmed else start

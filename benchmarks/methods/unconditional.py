@@ -119,7 +119,7 @@ class Reptile(Method):
         if not self.adapt_steps:
             return state
         examples = support.examples
-        (adapted,) = leave_one_out_steps(
+        *_, (adapted,) = leave_one_out_steps(
             setting.encoder,
             support.encoded,
             examples.targets,

@@ -7,7 +7,8 @@ import torch
 
 from lohp_peft.candidates import TOO_FEW_FOR_STEPS, GenerationConfig
 from lohp_peft.generation import generate_adapters
-from lohp_peft.tasks import Examples, verified_steps
+from lohp_peft.tasks import Examples, leave_one_out_steps, verified_steps
+from lohp_peft.tasks.gradient_steps import CHECK_EVERY, _halves
 from tiny import build_encoder, build_policy, build_task
 
 TASKS = [build_task("spam", test_rows=40), build_task("mood", n_classes=3, seed=1)]
@@ -46,13 +47,15 @@ def test_steps_are_kept_where_unseen_examples_confirm_them(generate):
         plain, stepped = (
             generate([SUPPORT], dataclasses.replace(config, gradient_steps=n))[0] for n in (0, config.gradient_steps)
         )
-        assert stepped.report.chosen == "generated + 12 gradient steps"
+        kept = stepped.report.gradient_steps
+        assert kept in range(CHECK_EVERY, STEPS.gradient_steps + 1, CHECK_EVERY)
+        assert stepped.report.chosen == f"generated + {kept} gradient steps"
         mean, error = stepped.report.candidates[-1].excess
         assert mean + 2 * error < 0
         assert not stepped.state.equal(plain.state)
         assert stepped.path.equal(plain.path)
         assert not stepped.head.weight.equal(plain.head.weight)
-        assert (stepped.report.gradient_steps, plain.report.gradient_steps) == (12, 0)
+        assert plain.report.gradient_steps == 0
 
 
 def test_steps_that_help_nobody_are_not_kept(generate):
@@ -61,6 +64,7 @@ def test_steps_that_help_nobody_are_not_kept(generate):
     )
     assert stepped.state.equal(plain.state)
     assert stepped.report.chosen == plain.report.chosen
+    assert f"{CHECK_EVERY} gradient steps change" in stepped.report.reason  # the first look ends them
     assert "not kept" in stepped.report.reason
     assert stepped.report.gradient_steps == 0
     assert "gradient" not in plain.report.reason
@@ -81,13 +85,32 @@ def test_the_change_is_that_of_unseen_examples(policy, encoder):
     """No steps, no change; and what is measured is not what the steps went down on."""
     encoded, start = encoder.prepare(SHUFFLED.texts), torch.zeros(tuple(policy.space.shape))
     given = encoder, encoded, SHUFFLED.targets, 2, start, policy.scale
-    still = verified_steps(*given, steps=0, learning_rate=0.3)
-    assert still.change == (0.0, 0.0)
+    still = verified_steps(*given, steps=0, learning_rate=0.3, margin=-1e6)
+    assert (still.change, still.steps, still.confirmed) == ((0.0, 0.0), 0, False)
     assert still.state.equal(start)
     # Labels at random: the examples of the steps are explained better, the others are not.
-    taken = verified_steps(*given, steps=12, learning_rate=0.3)
+    taken = verified_steps(*given, steps=12, learning_rate=0.3, margin=2.0)
     mean, error = taken.change
     assert abs(mean) < 3 * error
+
+
+def test_they_go_on_while_a_further_look_is_better(policy, encoder):
+    """The kept adapter is the mean of both halves' at the look before the first one that is no better."""
+    encoded, start = encoder.prepare(SUPPORT.texts), torch.zeros(tuple(policy.space.shape))
+    given = encoder, encoded, SUPPORT.targets, 2
+    settings = {"steps": 40, "learning_rate": 0.3}
+    taken = verified_steps(*given, start, policy.scale, **settings, margin=2.0)
+    assert taken.confirmed
+    assert CHECK_EVERY < taken.steps < 40
+    path = list(leave_one_out_steps(*given, _halves(SUPPORT.targets, 0), start, policy.scale, **settings))
+    torch.testing.assert_close(taken.state, path[taken.steps - 1].mean(0))
+    looks = [
+        verified_steps(*given, start, policy.scale, steps=n, learning_rate=0.3, margin=2.0).change[0]
+        for n in range(CHECK_EVERY, taken.steps + 1, CHECK_EVERY)
+    ]
+    assert looks == sorted(looks, reverse=True)
+    more = verified_steps(*given, start, policy.scale, **{**settings, "steps": taken.steps + CHECK_EVERY}, margin=2.0)
+    assert more.state.equal(taken.state)
 
 
 def test_a_batch_equals_single_calls_and_a_seed_decides(generate):
