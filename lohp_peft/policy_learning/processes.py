@@ -1,9 +1,14 @@
 """A global batch shared by processes: which items are whose, and what comes of all of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 
@@ -64,3 +69,31 @@ class Processes:
             found = self.accelerator.gather(mine).tolist()
             if len(set(found)) > 1:
                 raise RuntimeError(f"{what} must be the same in every process, got {found} by process.")
+
+
+@contextmanager
+def only_writer(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold a folder for the processes of one run; a killed run holds it no longer.
+
+    Args:
+        folder: It must exist; the lock is its file `.lock`.
+        accelerator: What joins the processes.
+
+    Raises:
+        RuntimeError: In all of them, when another run holds it.
+    """
+    lock, held = FileLock(folder / ".lock"), [True]
+    if accelerator.is_main_process:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            held = [False]
+    broadcast_object_list(held)
+    if not held[0]:
+        raise RuntimeError(
+            f"One run may write to a folder, but another one is writing to {folder}. Wait until it has ended, or choose another folder."
+        )
+    try:
+        yield
+    finally:
+        lock.release()

@@ -18,6 +18,7 @@ from lohp_peft.cards import is_hub_id
 from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, ReferenceSet
 from lohp_peft.policy_learning.callbacks import LOG_EVERY, reporters, training_arguments
 from lohp_peft.policy_learning.config import PolicyLearningConfig
+from lohp_peft.policy_learning.processes import only_writer
 from lohp_peft.policy_learning.recordings import Recordings, fit_scales
 from lohp_peft.policy_learning.trainer import LoHpTrainer
 from lohp_peft.tasks import (
@@ -136,7 +137,7 @@ def train_policy(
     Raises:
         ValueError: When dataset, encoder and tasks do not belong together, naming both sides, or when `lohp+path` gets no
             gradients through the base model.
-        RuntimeError: When a reporter is not installed.
+        RuntimeError: When a reporter is not installed, or another training writes to `output_dir`.
     """
     config = config or PolicyLearningConfig()
     reporters(report_to)  # whatever is missing is said before any work
@@ -152,61 +153,64 @@ def train_policy(
     _check_recorded(tasks, dataset)
     recordings = Recordings.from_trajectories(list(dataset), config.policy_steps, config.final_weights_only)
     encoder.base_model.requires_grad_(False)
-    with _progress(console, accelerator) as progress:
-        bank, held_out = (TaskBank(encoder, rows_per_task=config.rows_per_task, seed=config.seed) for _ in range(2))
-        bar = progress.add_task("encoding tasks", total=len(tasks) + len(validation_tasks))
-        for task in [*tasks, *validation_tasks]:
-            (bank if task in tasks else held_out).add(task)
-            progress.advance(bar)
-        size = {"support_size": config.support_size, "max_classes": config.max_classes}
-        sampler = EpisodeSampler(bank.labels, contrast_groups(tasks), contrast=config.contrast, **size)
-        policy = build_policy(encoder, bank, recordings, sampler, dataset, config)
-        validation = None
-        if validation_tasks:
-            source = EpisodeSampler(held_out.labels, contrast_groups(validation_tasks), contrast=0.2, **size)
-            generator = torch.Generator().manual_seed(config.seed)
-            validation = held_out, [source.sample(generator) for _ in range(config.validation_episodes)]
-        history: list[dict[str, float]] = []
-        bar = progress.add_task("policy learning", total=None)
+    with only_writer(output_dir, accelerator):
+        with _progress(console, accelerator) as progress:
+            bank, held_out = (
+                TaskBank(encoder, rows_per_task=config.rows_per_task, seed=config.seed) for _ in range(2)
+            )
+            bar = progress.add_task("encoding tasks", total=len(tasks) + len(validation_tasks))
+            for task in [*tasks, *validation_tasks]:
+                (bank if task in tasks else held_out).add(task)
+                progress.advance(bar)
+            size = {"support_size": config.support_size, "max_classes": config.max_classes}
+            sampler = EpisodeSampler(bank.labels, contrast_groups(tasks), contrast=config.contrast, **size)
+            policy = build_policy(encoder, bank, recordings, sampler, dataset, config)
+            validation = None
+            if validation_tasks:
+                source = EpisodeSampler(held_out.labels, contrast_groups(validation_tasks), contrast=0.2, **size)
+                generator = torch.Generator().manual_seed(config.seed)
+                validation = held_out, [source.sample(generator) for _ in range(config.validation_episodes)]
+            history: list[dict[str, float]] = []
+            bar = progress.add_task("policy learning", total=None)
 
-        def log(step: int, scalars: Mapping[str, float]) -> None:
-            shown = {k: scalars[k] for k in ("cloning", "subtb", "path", "validation_accuracy") if k in scalars}
-            text = " ".join(f"{k} {v:.3f}" for k, v in shown.items())
-            progress.update(bar, completed=step, description=f"policy learning | {text}")
-            if accelerator.is_main_process and (step % LOG_EVERY == 0 or "validation_loss" in scalars):
-                with open(output_dir / LOG_FILE, "a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in scalars.items()}}) + "\n")
-            if "validation_loss" in scalars:
-                history.append({"step": step, **scalars})
+            def log(step: int, scalars: Mapping[str, float]) -> None:
+                shown = {k: scalars[k] for k in ("cloning", "subtb", "path", "validation_accuracy") if k in scalars}
+                text = " ".join(f"{k} {v:.3f}" for k, v in shown.items())
+                progress.update(bar, completed=step, description=f"policy learning | {text}")
+                if accelerator.is_main_process and (step % LOG_EVERY == 0 or "validation_loss" in scalars):
+                    with open(output_dir / LOG_FILE, "a", encoding="utf-8") as stream:
+                        stream.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in scalars.items()}}) + "\n")
+                if "validation_loss" in scalars:
+                    history.append({"step": step, **scalars})
 
-        trainer = LoHpTrainer(
-            policy,
-            bank,
-            recordings,
-            sampler,
-            config,
-            validation=validation,
-            accelerator=accelerator,
-            log=log,
-            callbacks=callbacks,
-            arguments=training_arguments(config, accelerator, output_dir, report_to),
-        )
-        progress.update(bar, total=trainer.total_steps)
-        trainer.train(output_dir / "checkpoint")
-    policy.reference_set = build_reference_set(policy, bank, recordings)
-    policy.config.preset = config.preset
-    policy.config.provenance = {
-        "training_tasks": {t.name: {"family": t.family, "licence": t.licence} for t in tasks},
-        "validation_tasks": [t.name for t in validation_tasks],
-        "settings": asdict(config),
-        "best_training_step": trainer.best[1],
-        "temperature": trainer.temperature,
-        **(provenance or {}),
-    }
-    if accelerator.is_main_process:
-        policy.save_pretrained(output_dir)
-        console.print(_table(history))
-    accelerator.wait_for_everyone()
+            trainer = LoHpTrainer(
+                policy,
+                bank,
+                recordings,
+                sampler,
+                config,
+                validation=validation,
+                accelerator=accelerator,
+                log=log,
+                callbacks=callbacks,
+                arguments=training_arguments(config, accelerator, output_dir, report_to),
+            )
+            progress.update(bar, total=trainer.total_steps)
+            trainer.train(output_dir / "checkpoint")
+        policy.reference_set = build_reference_set(policy, bank, recordings)
+        policy.config.preset = config.preset
+        policy.config.provenance = {
+            "training_tasks": {t.name: {"family": t.family, "licence": t.licence} for t in tasks},
+            "validation_tasks": [t.name for t in validation_tasks],
+            "settings": asdict(config),
+            "best_training_step": trainer.best[1],
+            "temperature": trainer.temperature,
+            **(provenance or {}),
+        }
+        if accelerator.is_main_process:
+            policy.save_pretrained(output_dir)
+            console.print(_table(history))
+        accelerator.wait_for_everyone()
     return policy
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 from lohp_peft.adapters import base_model_fingerprint
@@ -47,6 +48,17 @@ def test_recordings_in_policy_out(encoder, dataset, tmp_path):
     assert reference.states[1].equal(build_trajectory(encoder.space, seed=5).states[-1])
     again = train(encoder, dataset, tmp_path / "policy", validation_tasks=validation)
     assert_same_weights(again.state_dict(), policy.state_dict())  # from its checkpoint
+
+
+def test_one_run_a_folder(encoder, dataset, tmp_path):
+    """A second training is refused and changes nothing; afterwards the folder is free."""
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(RuntimeError, match="another one is writing to"):
+        train(encoder, dataset, folder)
+    assert [file.name for file in folder.iterdir()] == [".lock"]
+    train(encoder, dataset, folder)
+    train(encoder, dataset, folder)  # the first one has let go
 
 
 def test_tensorboard_gets_the_scalars(encoder, dataset, tmp_path):
