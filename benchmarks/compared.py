@@ -3,13 +3,41 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rendering import interval, percent, table, where
+from rendering import CONTRASTS, NAMES, interval, percent, share, signed, table, where, with_error
 
 OURS = ("ours", "ours_steps")
 
 
 def _title(name: str) -> str:
     return name.replace("_", " ").replace(" | ", ", control: ")
+
+
+HEADLINE = {
+    "no adapter": ("none", "none", "none"),
+    "mean of the training adapters": ("mean", "mean", None),
+    "one multi-task adapter": ("multi_task", "multi_task", "floor"),
+    "**generated**": ("ours", "ours", "ours"),
+    "**generated**, with confirmed gradient steps": ("ours_steps", "ours_steps", None),
+}
+"""By title: its name in the comparison, on new families and in the contrast suite."""
+
+
+def headline(compared: Mapping[str, Any], transferred: Mapping[str, Any], contrasted: Mapping[str, Any]) -> str:
+    """The first thing a reader sees: what anybody could use, on all four questions."""
+    overall = contrasted["overall"]
+    parts = (compared["shots"]["16"], compared["new_domains"]["16"], transferred["all"]["methods"])
+    rows = []
+    for title, (name, moved, read) in HEADLINE.items():
+        columns = [percent(part[key]["accuracy"]) for part, key in zip(parts, (name, name, moved), strict=True)]
+        rows.append((title, *columns, percent(overall["accuracy"][read]) if read else ""))
+    header = (
+        "accuracy, %",
+        f"{len(compared['tasks'])} unseen tasks",
+        "their new domains of known families",
+        f"{len(transferred['tasks'])} tasks of families left out",
+        f"{overall['labelings']} labelings that only labels tell",
+    )
+    return table(header, rows)
 
 
 def compare(result: Mapping[str, Any]) -> str:
@@ -62,3 +90,29 @@ def transfer(result: Mapping[str, Any]) -> str:
         f"{min(minutes):.0f} to {max(minutes):.0f} minutes. {where(result)}"
     )
     return f"{table(header, rows)}\n\n{note}"
+
+
+def contrast(result: Mapping[str, Any]) -> str:
+    """Every pair under both labelings, with what follows from it, and all of them together."""
+    settings, overall = result["settings"], result["overall"]
+    columns = [(name, labeling) for name, pair in result["pairs"].items() for labeling in pair["labelings"]]
+    scored = [result["pairs"][name]["labelings"][labeling] for name, labeling in columns]
+    derived = [*(result["pairs"][name]["derived"][labeling] for name, labeling in columns), overall]
+    rows = [
+        (NAMES[method], *(with_error(column[method]) for column in scored), percent(accuracy))
+        for method, accuracy in overall["accuracy"].items()
+    ]
+    for key, title in CONTRASTS.items():
+        show = share if key == "share_of_the_way" else signed
+        rows.append((title, *(show(column[key]) for column in derived)))
+    notes = [
+        f"{settings['shots']} examples per class, {settings['draws']} draws (+- standard error of their mean); domains and classes count "
+        f"alike. Specialists differ by a point or more on {overall['specialists_differ']} of {overall['labelings']} labelings."
+    ]
+    notes += [
+        f"{name}: {', '.join(pair['domains'])}, {pair['test_texts']} test texts, at least "
+        f"{pair['fewest_test_texts_of_domain_and_class']} of each domain and class. {where(pair)}"
+        for name, pair in result["pairs"].items()
+    ]
+    header = ("accuracy, %", *(f"{name}, by {labeling}" for name, labeling in columns), "all")
+    return "\n\n".join((table(header, rows), "\n".join(f"* {note}" for note in notes)))

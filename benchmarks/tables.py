@@ -12,31 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compared import compare, transfer
-from rendering import CONTRASTS, NAMES, percent, share, signed, table, where, with_error
+from compared import compare, contrast, headline, transfer
+from rendering import NAMES, percent, signed, table, where
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "examples" / "large_models" / "README.md")
 BLOCK = re.compile(r"(<!-- results:begin (\w+) -->\n).*?(<!-- results:end -->)", re.DOTALL)
-
-
-def headline(result: Mapping[str, Any]) -> str:
-    """The first thing a reader sees: the methods anybody could use."""
-    shown = ("none", "mean_adapter", "nearest_adapter", "adamw", "generated")
-    rows = [
-        (NAMES[name], percent(row["accuracy"]), percent(row["macro_f1"]))
-        for name in shown
-        if (row := result["methods"].get(name)) is not None
-    ]
-    return table(
-        (
-            f"{len(result['tasks'])} unseen tasks, {result['settings']['shots']} examples per class",
-            "accuracy, %",
-            "macro F1, %",
-        ),
-        rows,
-    )
 
 
 def few_shot(result: Mapping[str, Any]) -> str:
@@ -78,32 +60,6 @@ def few_shot_tasks(result: Mapping[str, Any]) -> str:
         for name, task in sorted(result["tasks"].items(), key=lambda item: (item[1]["family"], item[0]))
     ]
     return table(("task", "family", "classes", *(method.replace("_", " ") for method in methods)), rows)
-
-
-def contrast(result: Mapping[str, Any]) -> str:
-    """Every pair under both labelings, with what follows from it, and all of them together."""
-    settings, overall = result["settings"], result["overall"]
-    columns = [(name, labeling) for name, pair in result["pairs"].items() for labeling in pair["labelings"]]
-    scored = [result["pairs"][name]["labelings"][labeling] for name, labeling in columns]
-    derived = [*(result["pairs"][name]["derived"][labeling] for name, labeling in columns), overall]
-    rows = [
-        (NAMES[method], *(with_error(column[method]) for column in scored), percent(accuracy))
-        for method, accuracy in overall["accuracy"].items()
-    ]
-    for key, title in CONTRASTS.items():
-        show = share if key == "share_of_the_way" else signed
-        rows.append((title, *(show(column[key]) for column in derived)))
-    notes = [
-        f"{settings['shots']} examples per class, {settings['draws']} draws (+- standard error of their mean); domains and classes count "
-        f"alike. Specialists differ by a point or more on {overall['specialists_differ']} of {overall['labelings']} labelings."
-    ]
-    notes += [
-        f"{name}: {', '.join(pair['domains'])}, {pair['test_texts']} test texts, at least "
-        f"{pair['fewest_test_texts_of_domain_and_class']} of each domain and class. {where(pair)}"
-        for name, pair in result["pairs"].items()
-    ]
-    header = ("accuracy, %", *(f"{name}, by {labeling}" for name, labeling in columns), "all")
-    return "\n\n".join((table(header, rows), "\n".join(f"* {note}" for note in notes)))
 
 
 def latency(result: Mapping[str, Any]) -> str:
@@ -294,8 +250,8 @@ def subtb(result: Mapping[str, Any]) -> str:
     )
 
 
-BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
-    "headline": ("few_shot", headline),
+BLOCKS: dict[str, tuple[str | tuple[str, ...], Callable[..., str]]] = {
+    "headline": (("compare", "transfer", "contrast"), headline),
     "few_shot": ("few_shot", few_shot),
     "few_shot_tasks": ("few_shot", few_shot_tasks),
     "few_shot_validation": ("few_shot_validation", few_shot),
@@ -313,18 +269,19 @@ BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "recorder": ("recorder", recorder),
     "subtb": ("subtb", subtb),
 }
-"""By the name of the block: its result file and what is made of it."""
+"""By the name of the block: its result file or files, and what is made of them."""
 
 
 def block(name: str, results: Path = RESULTS) -> str:
     """The content of a block."""
     if name not in BLOCKS:
         raise SystemExit(f"No block is called {name!r}; there are {', '.join(BLOCKS)}.")
-    source, render = BLOCKS[name]
-    file = results / f"{source}.json"
-    if not file.exists():
-        return f"Not measured yet: `benchmarks/results/{source}.json` does not exist.\n"
-    return render(json.loads(file.read_text(encoding="utf-8"))) + "\n"
+    sources, render = BLOCKS[name]
+    files = [results / f"{source}.json" for source in ((sources,) if isinstance(sources, str) else sources)]
+    missing = [f"`benchmarks/results/{file.name}`" for file in files if not file.exists()]
+    if missing:
+        return f"Not measured yet: {', '.join(missing)} missing.\n"
+    return render(*(json.loads(file.read_text(encoding="utf-8")) for file in files)) + "\n"
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
