@@ -24,7 +24,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from few_shot import SPLITS, check_settings
+from few_shot import check_settings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from setting import RESULTS, describe_policy, encoder_of, environment, load_base_model, load_subject, write_json
@@ -325,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train in bfloat16")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
     parser.add_argument(
-        "--split", choices=SPLITS, default="test", help="the pools scored, or those steps are chosen on"
+        "--split", choices=("test", "validation"), default="test", help="the pools scored, or those steps are chosen on"
     )
     parser.add_argument("--output", type=Path, help="result file; results/contrast[_validation].json by default")
     options = parser.parse_args(arguments)
