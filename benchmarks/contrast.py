@@ -325,7 +325,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train in bfloat16")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
     parser.add_argument(
-        "--split", choices=("test", "validation"), default="test", help="the pools scored, or those steps are chosen on"
+        "--split",
+        choices=("test", "validation"),
+        default="test",
+        help="the pools scored, or those steps are chosen on",
     )
     parser.add_argument("--output", type=Path, help="result file; results/contrast[_validation].json by default")
     options = parser.parse_args(arguments)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from text_suite import (
     CONTRAST_TRAINING,
@@ -55,13 +54,11 @@ class Split:
         return load_tasks(self.validation) + contrast_tasks(self.validation_groups)
 
 
-@cache
 def families() -> dict[str, str]:
     """The family of every task of the suite."""
     return {name: entry["family"] for name, entry in json.loads((data_folder() / "tasks.json").read_text()).items()}
 
 
-@cache
 def overlap_groups() -> tuple[frozenset[str], ...]:
     """Tasks that share texts."""
     groups = json.loads((data_folder() / "suites.json").read_text())["overlap_groups"]
