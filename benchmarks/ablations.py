@@ -16,8 +16,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from few_shot import bootstrap_interval, check_settings
-from setting import RESULTS, environment, load_base_model, write_json
+from setting import RESULTS, check_settings, environment, load_base_model, with_interval, write_json
 from splits import split_of
 
 from lohp_peft import LoHpPolicy, PolicyLearningConfig, TrajectoryDataset
@@ -179,8 +178,7 @@ def summarise(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if first in grouped and name != first:
             mean = lambda group: [fmean(x) for x in zip(*(cell["losses"] for cell in group), strict=True)]  # noqa: E731
             less = [a - b for a, b in zip(mean(each), mean(grouped[first]), strict=True)]
-            low, high = bootstrap_interval(less)
-            made[name]["loss_minus_first"] = {"mean": fmean(less), "low": low, "high": high}
+            made[name]["loss_minus_first"] = with_interval(less)
     return made
 
 

@@ -19,11 +19,18 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from few_shot import bootstrap_interval, check_settings
 from fitting import Budget, fit, load_setting
 from methods import CONTROLS, METHODS, Method
 from safetensors.torch import load_file
-from setting import RESULTS, describe_policy, environment, write_json
+from setting import (
+    RESULTS,
+    bootstrap_interval,
+    check_settings,
+    describe_policy,
+    environment,
+    with_interval,
+    write_json,
+)
 from sklearn.metrics import accuracy_score, f1_score
 from splits import NEW_DOMAINS, SPLITS, split_of
 from text_suite import load_tasks
@@ -181,13 +188,8 @@ def summarise(
         }
         for mine in (mine for mine in ours if mine in grouped and mine != name):
             each = [a - b for a, b in zip(of_task("accuracy", grouped[mine]), accuracy, strict=True)]
-            low, high = bootstrap_interval(each)
-            made[name][f"{mine}_minus_it"] = {
-                "mean": fmean(each),
-                "low": low,
-                "high": high,
-                "tasks_better": sum(difference > 0 for difference in each),
-            }
+            better = sum(difference > 0 for difference in each)
+            made[name][f"{mine}_minus_it"] = {**with_interval(each), "tasks_better": better}
     return made
 
 
@@ -232,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "max_test": options.max_test,
         "budget": vars(budget),
     }
-    check_settings(options.work, json.loads(json.dumps(settings)))
+    check_settings(options.work, settings)
     wanted = list(cells(options))
     foreign = [cell.policy for cell in wanted if cell.policy and not same_space(cell.policy, options)]
     if foreign:

@@ -40,25 +40,36 @@ def headline(compared: Mapping[str, Any], transferred: Mapping[str, Any], contra
     return table(header, rows)
 
 
+def _methods(title: str, methods: Mapping[str, Any]) -> str:
+    """One row a method."""
+    rows = [
+        (
+            _title(name),
+            percent(row["accuracy"]),
+            percent(row["macro_f1"]),
+            *(interval(row.get(f"{ours}_minus_it")) for ours in OURS),
+            f"{row['seconds']:.2f}",
+        )
+        for name, row in methods.items()
+    ]
+    header = (title, "accuracy, %", "macro F1, %", "ours minus it [95 %]", "ours steps minus it [95 %]", "seconds")
+    return table(header, rows)
+
+
+def compare_more(result: Mapping[str, Any]) -> str:
+    """Other numbers of examples, and new domains of known families."""
+    parts = [
+        _methods(f"{shots} examples per class", found) for shots, found in result["shots"].items() if shots != "16"
+    ]
+    for shots, methods in result["new_domains"].items():
+        found = {name: row for name, row in methods.items() if "|" not in name}  # without controls
+        parts.append(_methods(f"new domains, {shots} examples per class", found))
+    return "\n\n".join(parts)
+
+
 def compare(result: Mapping[str, Any]) -> str:
-    """The field beside ours, one table for each number of examples; new domains of known families apart."""
-    settings, parts = result["settings"], []
-    for question, found in (("", result["shots"]), ("new domains, ", result["new_domains"])):
-        for shots, methods in found.items():
-            rows = [
-                (
-                    _title(name),
-                    percent(row["accuracy"]),
-                    percent(row["macro_f1"]),
-                    *(interval(row.get(f"{ours}_minus_it")) for ours in OURS),
-                    f"{row['seconds']:.2f}",
-                )
-                for name, row in methods.items()
-                if not (question and "|" in name)
-            ]
-            header = (f"{question}{shots} examples per class", "accuracy, %", "macro F1, %")
-            header += ("ours minus it [95 %]", "ours steps minus it [95 %]", "seconds")
-            parts.append(table(header, rows))
+    """The field beside ours."""
+    settings = result["settings"]
     trained = ", ".join(f"{_title(name)} {cost['minutes']:.0f} min" for name, cost in result["trained"].items())
     budget = settings["budget"]
     texts = "all" if settings["max_test"] is None else f"at most {settings['max_test']}"
@@ -68,7 +79,7 @@ def compare(result: Mapping[str, Any]) -> str:
         f"Trained methods: {budget['steps']} steps of {budget['batch_size']} episodes through the base model ({trained}). Seconds are "
         f"for choosing adapter and head once the examples' features are there, and rough: other jobs ran beside. {where(result)}"
     )
-    return "\n\n".join([*parts, note])
+    return "\n\n".join((_methods("16 examples per class", result["shots"]["16"]), note))
 
 
 def transfer(result: Mapping[str, Any]) -> str:

@@ -24,10 +24,18 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from few_shot import check_settings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from setting import RESULTS, describe_policy, encoder_of, environment, load_base_model, load_subject, write_json
+from setting import (
+    RESULTS,
+    check_settings,
+    describe_policy,
+    encoder_of,
+    environment,
+    load_base_model,
+    load_subject,
+    write_json,
+)
 from text_suite import CONTRAST_PAIRS, ContrastPair, load_tasks
 from torch import Tensor
 

@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from setting import RESULTS, describe_policy, environment, load_subject, write_json
+from setting import (
+    RESULTS,
+    check_settings,
+    describe_policy,
+    environment,
+    load_subject,
+    with_interval,
+    write_json,
+)
 from splits import split_of
 from text_suite import load_tasks
 
@@ -48,15 +56,6 @@ def evaluate_one(name: str, config: EvaluationConfig, work: Path) -> str:
     return name
 
 
-def bootstrap_interval(differences: Sequence[float], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean, tasks drawn with replacement."""
-    values = torch.tensor(differences, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = values[torch.randint(len(values), (resamples, len(values)), generator=generator)].mean(1)
-    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
 def summarise(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Means over tasks, and paired differences with their intervals."""
     names = list(next(iter(tasks.values()))["methods"])
@@ -72,19 +71,9 @@ def summarise(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     for ours, other in COMPARED:
         if ours in names and other in names:
             each = [t["methods"][ours]["accuracy"] - t["methods"][other]["accuracy"] for t in tasks.values()]
-            low, high = bootstrap_interval(each)
             better = sum(difference > 0 for difference in each)
-            differences[f"{ours} - {other}"] = {"mean": fmean(each), "low": low, "high": high, "tasks_better": better}
+            differences[f"{ours} - {other}"] = {**with_interval(each), "tasks_better": better}
     return {"methods": methods, "differences": differences}
-
-
-def check_settings(work: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to continue a work folder that was begun with other settings."""
-    file = work / "settings.json"
-    if file.exists() and (found := json.loads(file.read_text())) != settings:
-        different = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
-        raise SystemExit(f"{work} was begun with other settings ({', '.join(different)}); give another work folder.")
-    write_json(file, settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -126,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loaded = (options.policy, options.base_model, options.threads)
     start_process(*loaded)
     policy = describe_policy(_subject[0])
-    settings = json.loads(json.dumps({"split": options.split, "policy": policy, **asdict(config)}))
+    settings = {"split": options.split, "policy": policy, **asdict(config)}
     check_settings(options.work, settings)
     names = options.tasks or split_of(options.split).test
     pending = [name for name in names if not (options.work / f"{name}.json").exists()]

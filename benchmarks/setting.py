@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -54,6 +56,30 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
     }
+
+
+def bootstrap_interval(differences: Sequence[float], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean, tasks drawn with replacement."""
+    values = torch.tensor(differences, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = values[torch.randint(len(values), (resamples, len(values)), generator=generator)].mean(1)
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def with_interval(values: Sequence[float]) -> dict[str, float]:
+    """Their mean, and its bootstrap interval."""
+    low, high = bootstrap_interval(values)
+    return {"mean": fmean(values), "low": low, "high": high}
+
+
+def check_settings(work: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to continue a work folder that was begun with other settings."""
+    file, settings = work / "settings.json", json.loads(json.dumps(settings))
+    if file.exists() and (found := json.loads(file.read_text())) != settings:
+        different = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
+        raise SystemExit(f"{work} was begun with other settings ({', '.join(different)}); give another work folder.")
+    write_json(file, settings)
 
 
 def write_json(target: Path, content: Any) -> None:

@@ -18,8 +18,7 @@ from typing import Any
 
 import compare
 import torch
-from few_shot import bootstrap_interval, check_settings
-from setting import RESULTS, environment, write_json
+from setting import RESULTS, check_settings, environment, with_interval, write_json
 from shipped_policy import prepare, train
 from splits import TRANSFER_FOLDS, families
 
@@ -59,8 +58,7 @@ def differences(tasks: Iterable[dict[str, Any]], mine: str, other: str) -> dict[
     pairs = [(task[mine], task[other]) for task in tasks]
     each = [fmean(a["per_draw"]) - fmean(b["per_draw"]) for a, b in pairs]
     drawn = [x - y for a, b in pairs for x, y in zip(a["per_draw"], b["per_draw"], strict=True)]
-    low, high = bootstrap_interval(each if len(each) >= 5 else drawn)
-    return {"mean": fmean(each), "low": low, "high": high}
+    return {**with_interval(each if len(each) >= 5 else drawn), "mean": fmean(each)}
 
 
 def summarise(tasks: dict[str, dict[str, Any]], of: dict[str, str]) -> dict[str, Any]:

@@ -17,10 +17,9 @@ from pathlib import Path
 from statistics import fmean, median
 
 import torch
-from few_shot import check_settings
 from fitting import load_setting
 from safetensors.torch import load_file
-from setting import RESULTS, describe_policy, environment, write_json
+from setting import RESULTS, check_settings, describe_policy, environment, write_json
 from splits import split_of
 from text_suite import load_tasks
 from torch import Tensor

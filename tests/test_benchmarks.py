@@ -431,18 +431,8 @@ def test_transfer(scripts, subject, tmp_path, monkeypatch):
     monkeypatch.setenv("LOHP_DATA", str(data))
     transfer = scripts("transfer")
     line = [str(tmp_path / "work"), "--folds", "4", "--base-model", subject[3], "--cloning-steps", "1", "--draws", "2"]
-    line += [
-        "--training-steps",
-        "1",
-        "--episodes",
-        "1",
-        "--validation-episodes",
-        "2",
-        "--shots",
-        "4",
-        "--max-test",
-        "8",
-    ]
+    line += ["--training-steps", "1", "--episodes", "1", "--validation-episodes", "2"]
+    line += ["--shots", "4", "--max-test", "8"]
     transfer.main([*line, "--output", str(tmp_path / "result.json")])
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result["tasks"]) == {"stance_climate", "stance_abortion", "stance_atheism"}
@@ -489,11 +479,11 @@ def test_ablations(compare, scripts, subject, tmp_path, capsys):
 
 
 def test_bootstrap_interval(scripts):
-    few_shot = scripts("few_shot")
-    assert few_shot.bootstrap_interval([0.02] * 5) == pytest.approx((0.02, 0.02))
+    setting = scripts("setting")
+    assert setting.bootstrap_interval([0.02] * 5) == pytest.approx((0.02, 0.02))
     generator = random.Random(0)
     values = [generator.gauss(1.0, 0.5) for _ in range(100)]
-    low, high = few_shot.bootstrap_interval(values)
+    low, high = setting.bootstrap_interval(values)
     assert low < fmean(values) < high
     assert high - low == pytest.approx(4 * 0.5 / 10, rel=0.3)  # about four standard errors
 

@@ -17,20 +17,6 @@ from text_suite import RANK, training_encoder
 from lohp_peft.weight_preparation import WeightPreparationConfig, gradient_space, prepare_trajectories
 
 
-def config_of(optimizers: Sequence[str]) -> WeightPreparationConfig:
-    """What is recorded."""
-    return WeightPreparationConfig(
-        optimizers=tuple(optimizers),
-        optimizer_steps=12,
-        record_every=2,
-        classes_per_step=4,
-        rows_per_class=8,
-        rows_per_task=200,
-        score_shots=4,
-        score_query_rows=40,
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
@@ -39,7 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
     options = parser.parse_args(arguments)
     output, start = options.output, time.perf_counter()
-    accelerator, config = Accelerator(cpu=True), config_of(options.optimizers)
+    accelerator = Accelerator(cpu=True)
+    config = WeightPreparationConfig(
+        optimizers=tuple(options.optimizers),
+        optimizer_steps=12,
+        record_every=2,
+        classes_per_step=4,
+        rows_per_class=8,
+        rows_per_task=200,
+        score_shots=4,
+        score_query_rows=40,
+    )
     tasks = split_of(options.split).training_tasks()
     encoder = training_encoder(base_model=options.base_model)
     rank = min(RANK, encoder.base_model.config.hidden_size)
