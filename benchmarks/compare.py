@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from fitting import Budget, fit, load_setting
-from methods import CONTROLS, METHODS, Method
+from methods import CONTROLS, METHODS, OURS, Method
 from safetensors.torch import load_file
 from setting import (
     RESULTS,
@@ -54,8 +54,8 @@ class Cell:
 
     @property
     def how(self) -> Method:
-        """The method; another policy's is its raw rollout."""
-        return METHODS["ours_raw" if self.policy else self.method]
+        """The method; another policy that is called like none is rolled out raw."""
+        return METHODS[self.method if self.method in METHODS or not self.policy else "ours_raw"]
 
     @property
     def fit(self) -> tuple[str, int] | None:
@@ -85,8 +85,9 @@ def cells(options) -> Iterator[Cell]:
                     yield Cell(name, seed, shots, control)
         for name, folder in others:
             checksum = describe_policy(load_setting(folder, options.base_model).policy)["sha256"][:8]
-            for control in ("", *options.controls):
-                yield Cell(name, checksum, shots, control, folder)
+            first = Cell(name, checksum, shots, "", folder)
+            for control in ("", *(options.controls if first.how.conditional else ())):
+                yield replace(first, control=control)
 
 
 def score_task(name: str, wanted: Sequence[Cell], options) -> str:
@@ -185,6 +186,7 @@ def summarise(
             "macro_f1": fmean(of_task("macro_f1", keys)),
             "seconds": median(of_task("seconds", keys)),
             "seeds": len(keys),
+            "accuracy_of_seeds": [fmean(task[key]["accuracy"] for task in tasks.values()) for key in keys],
         }
         for mine in (mine for mine in ours if mine in grouped and mine != name):
             each = [a - b for a, b in zip(of_task("accuracy", grouped[mine]), accuracy, strict=True)]
@@ -209,7 +211,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation-episodes", type=int, default=Budget.validation_episodes)
     parser.add_argument("--policy", default="shipped", help="shipped, a folder, or owner/name@commit")
     parser.add_argument(
-        "--policies", nargs="*", default=[], metavar="NAME=FOLDER", help="other policies in the same weight space, raw"
+        "--policies",
+        nargs="*",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="other policies in the same weight space: seeds of `ours` or `ours_raw`, or raw under another name",
     )
     parser.add_argument("--trajectories", type=Path, help="recordings, for the methods that learn from them")
     parser.add_argument("--full-data-rows", type=int, default=2000, help="most training rows of adamw_full_data")
@@ -235,6 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "budget": vars(budget),
     }
     check_settings(options.work, settings)
+    odd = {name for name, _ in (pair.split("=", 1) for pair in options.policies) if name in METHODS.keys() - OURS}
+    if odd:
+        raise SystemExit(f"--policies: {sorted(odd)} are no methods of a policy; those are {sorted(OURS)}.")
     wanted = list(cells(options))
     foreign = [cell.policy for cell in wanted if cell.policy and not same_space(cell.policy, options)]
     if foreign:

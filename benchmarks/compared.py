@@ -12,6 +12,14 @@ def _title(name: str) -> str:
     return name.replace("_", " ").replace(" | ", ", control: ")
 
 
+def _seeds(row: Mapping[str, Any]) -> str:
+    """Lowest and highest mean of several training seeds, where there are several."""
+    if row["seeds"] == 1:
+        return ""
+    found = row["accuracy_of_seeds"]
+    return f" ({row['seeds']} seeds: {percent(min(found))} to {percent(max(found))})"
+
+
 HEADLINE = {
     "no adapter": ("none", "none", "none"),
     "mean of the training adapters": ("mean", "mean", None),
@@ -44,7 +52,7 @@ def _methods(title: str, methods: Mapping[str, Any]) -> str:
     """One row a method."""
     rows = [
         (
-            _title(name),
+            _title(name) + _seeds(row),
             percent(row["accuracy"]),
             percent(row["macro_f1"]),
             *(interval(row.get(f"{ours}_minus_it")) for ours in OURS),

@@ -298,6 +298,15 @@ def test_compare(compare, scripts, subject, tmp_path, capsys):
     for control in ("", " | wrong_task"):
         assert everything[f"twin{control}"]["accuracy"] == rows[f"ours_raw{control}"]["accuracy"]
 
+    # or another training seed of the compared one, under the name of the method
+    compare.main([*line, "--methods", "none", "--controls", "--policies", f"ours={subject[1]}"])
+    seeds = result_of(tmp_path / "result.json")["shots"]["4"]["ours"]
+    assert seeds["seeds"] == 2
+    assert seeds["accuracy_of_seeds"] == [rows["ours"]["accuracy"]] * 2
+    assert "ours (2 seeds: " in scripts("compared").compare_more(result_of(tmp_path / "result.json"))  # in the table
+    with pytest.raises(SystemExit, match="multi_task"):
+        compare.main([*line, "--methods", "none", "--policies", f"multi_task={subject[1]}"])
+
     # and the same as the few-shot suite says, where both say something
     few_shot = [str(tmp_path / "few_shot"), *subject, *COMPARE, "--output", str(tmp_path / "few_shot.json")]
     same = {"none": "none", "mean": "mean_adapter", "nearest": "nearest_adapter", "ours_raw": "generated_raw"}

@@ -37,10 +37,15 @@ METHODS: dict[str, Method] = {
     "ours": Generated(),
     "none_steps": Stepped(Zero(), 4),
     "multi_task_steps": Stepped(MultiTask(), 4, fitted_as="multi_task"),
+    "multi_task_steps_16": Stepped(MultiTask(), 16, fitted_as="multi_task"),
     "ours_steps": Generated(gradient_steps=4),
+    "ours_steps_16": Generated(gradient_steps=16),
     "family_specialists": FamilySpecialists(),
     "adamw_full_data": FullData(300, 1e-3),
 }
 """By the name in results and tables; the last two are ceilings."""
 
-__all__ = ["CONTROLS", "METHODS", "Adapted", "Method", "Setting", "Support", "Training"]
+OURS = {name for name, method in METHODS.items() if isinstance(method, Generated | Rollout)}
+"""Those that come from the policy."""
+
+__all__ = ["CONTROLS", "METHODS", "OURS", "Adapted", "Method", "Setting", "Support", "Training"]
