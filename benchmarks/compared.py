@@ -64,9 +64,26 @@ def _methods(title: str, methods: Mapping[str, Any]) -> str:
     return table(header, rows)
 
 
+def _by_shots(result: Mapping[str, Any]) -> str:
+    """What more examples give, and how far that is on the way from no adapter to training on all rows of the task."""
+    shots = result["shots"]
+    ceiling = shots["16"].get("adamw_full_data", {}).get("accuracy")
+    header = ["accuracy, %", *(f"{number} examples per class" for number in shots)]
+    if ceiling is not None:
+        header += [f"at {number}: of the way to AdamW on all rows, %" for number in shots]
+    rows = []
+    for name in (name for name in shots["16"] if all(name in found for found in shots.values())):
+        found, start = ([methods[key]["accuracy"] for methods in shots.values()] for key in (name, "none"))
+        rows.append([_title(name), *map(percent, found)])
+        if ceiling is not None:
+            rows[-1] += [percent((a - none) / (ceiling - none)) for a, none in zip(found, start, strict=True)]
+    return table(header, rows)
+
+
 def compare_more(result: Mapping[str, Any]) -> str:
     """Other numbers of examples, and new domains of known families."""
-    parts = [
+    parts = [_by_shots(result)] if "16" in result["shots"] and len(result["shots"]) > 1 else []
+    parts += [
         _methods(f"{shots} examples per class", found) for shots, found in result["shots"].items() if shots != "16"
     ]
     for shots, methods in result["new_domains"].items():
@@ -78,13 +95,13 @@ def compare_more(result: Mapping[str, Any]) -> str:
 def compare(result: Mapping[str, Any]) -> str:
     """The field beside ours."""
     settings = result["settings"]
-    trained = ", ".join(f"{_title(name)} {cost['minutes']:.0f} min" for name, cost in result["trained"].items())
+    costs = ", ".join(f"{_title(name)} {cost['minutes']:.0f} min" for name, cost in result["trained"].items())
     budget = settings["budget"]
+    trained = f"Trained methods: {budget['steps']} steps of {budget['batch_size']} episodes through the base model ({costs}). "
     texts = "all" if settings["max_test"] is None else f"at most {settings['max_test']}"
     note = (
         f"{len(result['tasks'])} {'held-out' if settings['split'] == 'test' else settings['split']} tasks, {settings['draws']} draws, "
-        f"{texts} test texts. "
-        f"Trained methods: {budget['steps']} steps of {budget['batch_size']} episodes through the base model ({trained}). Seconds are "
+        f"{texts} test texts. {trained if costs else ''}Seconds are "
         f"for choosing adapter and head once the examples' features are there, and rough: other jobs ran beside. {where(result)}"
     )
     return "\n\n".join((_methods("16 examples per class", result["shots"]["16"]), note))

@@ -12,8 +12,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SUITES = {
     "few_shot": ("few_shot.py", "{work}/few_shot", "--processes", "2"),
-    "few_shot_validation": ("few_shot.py", "{work}/few_shot_validation", "--split", "validation", "--processes", "2"),
     "compare": ("compare.py", "{work}/compare", "--processes", "2"),
+    "compare_validation": (
+        *("compare.py", "{work}/compare_validation", "--split", "validation", "--processes", "2", "--draws", "2"),
+        *("--methods", "none", "ours", "ours_steps", "ours_steps_16", "--controls", "--max-test", "200"),
+    ),
     "contrast": ("contrast.py", "{work}/contrast"),
     "transfer": ("transfer.py", "{work}/transfer", "--processes", "2"),
     "latency": ("latency.py",),

@@ -575,3 +575,11 @@ def test_every_result_renders(scripts):
     tables = scripts("tables")
     for name in tables.BLOCKS:
         assert tables.block(name).strip()
+
+
+def test_the_way_to_all_rows(scripts):
+    """Of a ceiling 20 points above no adapter, a method 5 points above it has gone a quarter."""
+    few, many = ({"none": {"accuracy": none}, "ours": {"accuracy": none + 0.05}} for none in (0.5, 0.6))
+    table = scripts("compared")._by_shots({"shots": {"4": few, "16": {**many, "adamw_full_data": {"accuracy": 0.7}}}})
+    assert table.splitlines()[-1] == "| ours | 55.0 | 65.0 | 25.0 | 50.0 |"
+    assert "all rows" not in scripts("compared")._by_shots({"shots": {"4": few, "16": many}})
