@@ -22,6 +22,7 @@ def _seeds(row: Mapping[str, Any]) -> str:
 
 HEADLINE = {
     "no adapter": ("none", "none", "none"),
+    "AdamW on the same examples": ("adamw_80", None, None),
     "mean of the training adapters": ("mean", "mean", None),
     "one multi-task adapter": ("multi_task", "multi_task", "floor"),
     "**generated**": ("ours", "ours", "ours"),
@@ -36,7 +37,8 @@ def headline(compared: Mapping[str, Any], transferred: Mapping[str, Any], contra
     parts = (compared["shots"]["16"], compared["new_domains"]["16"], transferred["all"]["methods"])
     rows = []
     for title, (name, moved, read) in HEADLINE.items():
-        columns = [percent(part[key]["accuracy"]) for part, key in zip(parts, (name, name, moved), strict=True)]
+        keys = zip(parts, (name, name, moved), strict=True)
+        columns = [percent(part[key]["accuracy"]) if key else "" for part, key in keys]
         rows.append((title, *columns, percent(overall["accuracy"][read]) if read else ""))
     header = (
         "accuracy, %",
