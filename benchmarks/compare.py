@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from fitting import Budget, fit, load_setting
-from methods import CONTROLS, METHODS, OURS, Method
+from methods import CONTROLS, FROM_POLICY, METHODS, Method
 from safetensors.torch import load_file
 from setting import (
     RESULTS,
@@ -54,8 +54,8 @@ class Cell:
 
     @property
     def how(self) -> Method:
-        """The method; another policy that is called like none is rolled out raw."""
-        return METHODS[self.method if self.method in METHODS or not self.policy else "ours_raw"]
+        """The method; a policy that is called like none is rolled out raw."""
+        return METHODS.get(self.method, METHODS["ours_raw"])
 
     @property
     def fit(self) -> tuple[str, int] | None:
@@ -76,18 +76,17 @@ def file_of(fit: tuple[str, int], work: Path) -> Path:
 
 def cells(options) -> Iterator[Cell]:
     """All that is asked for: trained methods with every seed, conditional ones with every control."""
-    others = [pair.split("=", 1) for pair in options.policies]
     for shots in options.shots:
         for name in options.methods:
             method = METHODS[name]
             for seed in options.seeds if method.trained else (0,):
                 for control in ("", *(options.controls if method.conditional else ())):
                     yield Cell(name, seed, shots, control)
-        for name, folder in others:
+        for name, folder in options.policies:
             checksum = describe_policy(load_setting(folder, options.base_model).policy)["sha256"][:8]
-            first = Cell(name, checksum, shots, "", folder)
-            for control in ("", *(options.controls if first.how.conditional else ())):
-                yield replace(first, control=control)
+            cell = Cell(name, checksum, shots, "", folder)
+            for control in ("", *(options.controls if cell.how.conditional else ())):
+                yield replace(cell, control=control)
 
 
 def score_task(name: str, wanted: Sequence[Cell], options) -> str:
@@ -195,6 +194,16 @@ def summarise(
     return made
 
 
+def named_policy(text: str) -> tuple[str, str]:
+    """A name and a folder; the name is that of a method of a policy, or of none."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"NAME=FOLDER is expected, got {text!r}.")
+    if name in METHODS and name not in FROM_POLICY:
+        raise argparse.ArgumentTypeError(f"{name} does not come from a policy; {', '.join(FROM_POLICY)} do.")
+    return name, folder
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder of the finished cells")
@@ -213,6 +222,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--policies",
         nargs="*",
+        type=named_policy,
         default=[],
         metavar="NAME=FOLDER",
         help="other policies in the same weight space: seeds of `ours` or `ours_raw`, or raw under another name",
@@ -241,9 +251,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "budget": vars(budget),
     }
     check_settings(options.work, settings)
-    odd = {name for name, _ in (pair.split("=", 1) for pair in options.policies) if name in METHODS.keys() - OURS}
-    if odd:
-        raise SystemExit(f"--policies: {sorted(odd)} are no methods of a policy; those are {sorted(OURS)}.")
     wanted = list(cells(options))
     foreign = [cell.policy for cell in wanted if cell.policy and not same_space(cell.policy, options)]
     if foreign:

@@ -21,25 +21,25 @@ def _seeds(row: Mapping[str, Any]) -> str:
 
 
 HEADLINE = {
-    "no adapter": ("none", "none", "none"),
-    "AdamW on the same examples": ("adamw_80", None, None),
-    "mean of the training adapters": ("mean", "mean", None),
-    "one multi-task adapter": ("multi_task", "multi_task", "floor"),
-    "**generated**": ("ours", "ours", "ours"),
-    "**generated**, with confirmed gradient steps": ("ours_steps", "ours_steps", None),
+    "no adapter": ("none", "none", "none", "none"),
+    "AdamW on the same examples": ("adamw_80", "adamw_80", None, None),
+    "mean of the training adapters": ("mean", "mean", "mean", None),
+    "one multi-task adapter": ("multi_task", "multi_task", "multi_task", "floor"),
+    "**generated**": ("ours", "ours", "ours", "ours"),
+    "**generated**, with confirmed gradient steps": ("ours_steps", "ours_steps", "ours_steps", None),
 }
-"""By title: its name in the comparison, on new families and in the contrast suite."""
+"""By title: its name in each column; none where it was not measured."""
 
 
 def headline(compared: Mapping[str, Any], transferred: Mapping[str, Any], contrasted: Mapping[str, Any]) -> str:
     """The first thing a reader sees: what anybody could use, on all four questions."""
     overall = contrasted["overall"]
     parts = (compared["shots"]["16"], compared["new_domains"]["16"], transferred["all"]["methods"])
-    rows = []
-    for title, (name, moved, read) in HEADLINE.items():
-        keys = zip(parts, (name, name, moved), strict=True)
-        columns = [percent(part[key]["accuracy"]) if key else "" for part, key in keys]
-        rows.append((title, *columns, percent(overall["accuracy"][read]) if read else ""))
+    columns = [{name: row["accuracy"] for name, row in part.items()} for part in parts] + [overall["accuracy"]]
+    rows = [
+        (title, *(percent(column[key]) if key else "" for column, key in zip(columns, keys, strict=True)))
+        for title, keys in HEADLINE.items()
+    ]
     header = (
         "accuracy, %",
         f"{len(compared['tasks'])} unseen tasks",

@@ -46,7 +46,8 @@ def with_error(row: Mapping[str, Any]) -> str:
 def where(result: Mapping[str, Any]) -> str:
     """Date, machine and commit in a few words."""
     found = result["environment"]
-    commit = f", commit {found['commit'][:10]}" if found["commit"] else ""
+    name, *changes = (found["commit"] or "").split("+")
+    commit = f", commit {'+'.join((name[:10], *changes))}" if name else ""
     return f"{found['date']}, {found['cores']} {found['device'].upper()} cores, torch {found['versions']['torch']}{commit}."
 
 

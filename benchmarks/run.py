@@ -12,7 +12,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SUITES = {
     "few_shot": ("few_shot.py", "{work}/few_shot", "--processes", "2"),
-    "compare": ("compare.py", "{work}/compare", "--processes", "2"),
+    "compare": (
+        *("compare.py", "{work}/compare", "--processes", "2", "--max-test", "300"),
+        *("--controls", "wrong_task", "shuffled_labels", "--methods", "none", "none_prototype", "none_linear_probe"),
+        *("adamw_80", "mean", "nearest", "multi_task", "text_to_lora_sft", "ours_raw", "ours", "none_steps"),
+        *("multi_task_steps", "ours_steps", "family_specialists", "adamw_full_data"),
+    ),
     "compare_validation": (
         *("compare.py", "{work}/compare_validation", "--split", "validation", "--processes", "2", "--draws", "2"),
         *("--methods", "none", "ours", "ours_steps", "ours_steps_16", "--controls", "--max-test", "200"),

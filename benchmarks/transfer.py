@@ -58,7 +58,7 @@ def differences(tasks: Iterable[dict[str, Any]], mine: str, other: str) -> dict[
     pairs = [(task[mine], task[other]) for task in tasks]
     each = [fmean(a["per_draw"]) - fmean(b["per_draw"]) for a, b in pairs]
     drawn = [x - y for a, b in pairs for x, y in zip(a["per_draw"], b["per_draw"], strict=True)]
-    return {**with_interval(each if len(each) >= 5 else drawn), "mean": fmean(each)}
+    return with_interval(each if len(each) >= 5 else drawn)
 
 
 def summarise(tasks: dict[str, dict[str, Any]], of: dict[str, str]) -> dict[str, Any]:

@@ -304,8 +304,10 @@ def test_compare(compare, scripts, subject, tmp_path, capsys):
     assert seeds["seeds"] == 2
     assert seeds["accuracy_of_seeds"] == [rows["ours"]["accuracy"]] * 2
     assert "ours (2 seeds: " in scripts("compared").compare_more(result_of(tmp_path / "result.json"))  # in the table
-    with pytest.raises(SystemExit, match="multi_task"):
-        compare.main([*line, "--methods", "none", "--policies", f"multi_task={subject[1]}"])
+    for wrong, message in {f"multi_task={subject[1]}": "does not come from a policy", "ours": "NAME=FOLDER"}.items():
+        with pytest.raises(SystemExit):
+            compare.main([*line, "--methods", "none", "--policies", wrong])
+        assert message in capsys.readouterr().err
 
     # and the same as the few-shot suite says, where both say something
     few_shot = [str(tmp_path / "few_shot"), *subject, *COMPARE, "--output", str(tmp_path / "few_shot.json")]

@@ -45,7 +45,7 @@ METHODS: dict[str, Method] = {
 }
 """By the name in results and tables; the last two are ceilings."""
 
-OURS = {name for name, method in METHODS.items() if isinstance(method, Generated | Rollout)}
-"""Those that come from the policy."""
+FROM_POLICY = [name for name, method in METHODS.items() if isinstance(method, Generated | Rollout)]
+"""Those that need nothing but the policy."""
 
-__all__ = ["CONTROLS", "METHODS", "OURS", "Adapted", "Method", "Setting", "Support", "Training"]
+__all__ = ["CONTROLS", "FROM_POLICY", "METHODS", "Adapted", "Method", "Setting", "Support", "Training"]
