@@ -127,6 +127,8 @@ def score_task(name: str, wanted: Sequence[Cell], options) -> str:
             }
             for cell in of_shots:
                 of_cell, support = others.get(cell.policy, setting), supports[cell.policy]
+                if cell.how.most_draws is not None and number >= cell.how.most_draws:
+                    continue
                 if cell.how.full_data:
                     if number:  # nothing to draw
                         continue
@@ -165,7 +167,10 @@ def order_of(key: str) -> tuple[int, str]:
 def summarise(
     tasks: dict[str, dict[str, Any]], found: Sequence[str], shots: int, ours: Sequence[str] = ("ours", "ours_steps")
 ) -> dict[str, Any]:
-    """By method (and control): means over tasks and seeds, and each of ours minus it, paired by task, with its interval."""
+    """By method (and control): means over tasks and seeds, and each of ours minus it, paired by task, with its interval.
+
+    A method with fewer draws than the others is paired with ours on these.
+    """
     grouped: dict[str, list[str]] = {}
     for key in found:
         method, _, _, control = key.split("/")
@@ -175,20 +180,26 @@ def summarise(
     def of_task(entry: str, keys: Sequence[str]) -> list[float]:
         return [fmean(task[key][entry] for key in keys) for task in tasks.values()]
 
+    def of_first_draws(keys: Sequence[str], draws: int | None) -> list[float]:
+        return [fmean(fmean(task[key]["per_draw"][:draws]) for key in keys) for task in tasks.values()]
+
     made = {}
     for name, keys in grouped.items():
         accuracy = of_task("accuracy", keys)
         low, high = bootstrap_interval(accuracy)
+        how = METHODS.get(keys[0].split("/")[0])
+        draws = how.most_draws if how else None
         made[name] = {
             "accuracy": fmean(accuracy),
             "interval": [low, high],
             "macro_f1": fmean(of_task("macro_f1", keys)),
             "seconds": median(of_task("seconds", keys)),
             "seeds": len(keys),
+            **({"draws": draws} if draws else {}),
             "accuracy_of_seeds": [fmean(task[key]["accuracy"] for task in tasks.values()) for key in keys],
         }
         for mine in (mine for mine in ours if mine in grouped and mine != name):
-            each = [a - b for a, b in zip(of_task("accuracy", grouped[mine]), accuracy, strict=True)]
+            each = [a - b for a, b in zip(of_first_draws(grouped[mine], draws), accuracy, strict=True)]
             better = sum(difference > 0 for difference in each)
             made[name][f"{mine}_minus_it"] = {**with_interval(each), "tasks_better": better}
     return made

@@ -13,9 +13,9 @@ def _title(name: str) -> str:
 
 
 def _seeds(row: Mapping[str, Any]) -> str:
-    """Lowest and highest mean of several training seeds, where there are several."""
+    """Lowest and highest mean of several training seeds, where there are several; fewer draws, where there are fewer."""
     if row["seeds"] == 1:
-        return ""
+        return f" ({row['draws']} draw{'s' * (row['draws'] > 1)})" if "draws" in row else ""
     found = row["accuracy_of_seeds"]
     return f" ({row['seeds']} seeds: {percent(min(found))} to {percent(max(found))})"
 

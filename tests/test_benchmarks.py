@@ -321,6 +321,26 @@ def test_compare(compare, scripts, subject, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_compare_with_fewer_draws(compare, scripts, subject, tmp_path, monkeypatch):
+    """A method whose support sets cost minutes gets the first ones, and is paired with ours on these."""
+    monkeypatch.setattr(compare.METHODS["none"], "most_draws", 1)
+    options = compare.parse([str(tmp_path), *subject, *COMPARE, "--methods", "none", "none_prototype", "ours_raw"])
+    options.policies, options.controls = [], []
+    names = options.tasks
+    for name in names:
+        compare.score_task(name, list(compare.cells(options)), options)
+    tasks = {name: json.loads((tmp_path / "tasks" / f"{name}.json").read_text()) for name in names}
+    for task in tasks.values():
+        assert [len(task[f"{method}/0/4/"]["per_draw"]) for method in options.methods] == [1, 2, 2]
+    rows = compare.summarise(tasks, list(tasks["cr"]), 4, ours=("ours_raw",))
+    first = [task["ours_raw/0/4/"]["per_draw"][0] for task in tasks.values()]
+    assert rows["none"]["draws"] == 1
+    assert "draws" not in rows["none_prototype"]
+    assert rows["none"]["ours_raw_minus_it"]["mean"] == pytest.approx(fmean(first) - rows["none"]["accuracy"])
+    assert "none (1 draw)" in scripts("compared")._methods("", rows)
+
+
+@pytest.mark.slow
 def test_every_method_gives_a_classifier(compare, scripts, subject):
     """All of the field, trained where they are trained, on one support set."""
     methods = scripts("methods/__init__")

@@ -133,6 +133,7 @@ class Method:
     trained = False
     conditional = False
     full_data = False  # gets all training rows of the task, once, in the place of the support sets: a ceiling
+    most_draws: int | None = None  # support sets of a task, where one costs minutes; the first ones
     fitted_as: str | None = None  # the name of another method whose training this one shares
 
     def fit(self, training: Training) -> dict[str, Tensor]:
