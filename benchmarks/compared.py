@@ -94,6 +94,12 @@ def compare_more(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def compare_brief(result: Mapping[str, Any]) -> str:
+    """The field beside ours, without the controls of other methods than ours."""
+    found = result["shots"]["16"]
+    return _methods("16 examples per class", {n: row for n, row in found.items() if "|" not in n or n.startswith("ours")})
+
+
 def compare(result: Mapping[str, Any]) -> str:
     """The field beside ours."""
     settings = result["settings"]

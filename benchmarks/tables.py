@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compared import compare, compare_more, contrast, headline, transfer
+from compared import compare, compare_brief, compare_more, contrast, headline, transfer
 from rendering import NAMES, percent, signed, table, where
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -255,6 +255,7 @@ BLOCKS: dict[str, tuple[str | tuple[str, ...], Callable[..., str]]] = {
     "few_shot": ("few_shot", few_shot),
     "few_shot_tasks": ("few_shot", few_shot_tasks),
     "compare": ("compare", compare),
+    "compare_brief": ("compare", compare_brief),
     "compare_more": ("compare", compare_more),
     "compare_validation": ("compare_validation", compare),
     "contrast": ("contrast", contrast),
