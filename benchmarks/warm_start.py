@@ -3,7 +3,7 @@
 The same AdamW on the same examples from several starts: PEFT's default and EVA's, the generated adapter, the training tasks'
 mean and, with `--fits FOLDER` of `compare.py`, the adapters of Reptile and of multi-task training. Scored at `--checkpoints`
 is the held-out loss of the head solved anew, at the temperature that suits its scores best, and accuracy. Every finished task is a
-file in the work folder, so a run that was stopped is continued by the same command.
+file in the work folder, so a run that was stopped is continued by the same command; so are further starts added.
 """
 
 import argparse
@@ -46,8 +46,18 @@ def adapters(
     return found
 
 
+def missing_starts(name: str, options) -> list[str]:
+    """Those of the asked for starts that the task's file does not have."""
+    file = options.work / f"{name}.json"
+    return [
+        start for start in options.starts if not file.exists() or start not in json.loads(file.read_text())["curves"]
+    ]
+
+
 def score_task(name: str, options) -> str:
-    """The curves of one task, means over draws."""
+    """The curves of one task that are missing, means over draws."""
+    starts, file = missing_starts(name, options), options.work / f"{name}.json"
+    known = json.loads(file.read_text())["curves"] if file.exists() else {}
     torch.set_num_threads(options.threads)
     setting = load_setting(options.policy, options.base_model)
     (task,) = load_tasks([name])
@@ -56,11 +66,11 @@ def score_task(name: str, options) -> str:
         test = draw(test, max(1, options.max_test // test.n_classes), 0)
     encoded = setting.encoder.prepare(test.texts, test.texts_b)  # the frozen layers, the same for every start
     model, tokenizer, policy = setting.encoder.base_model, setting.encoder.tokenizer, setting.policy
-    rows: dict[str, list[list[tuple[float, float]]]] = {start: [] for start in options.starts}
+    rows: dict[str, list[list[tuple[float, float]]]] = {start: [] for start in starts}
     for number in range(options.draws):
         support = task.draw_support(options.shots, number)
-        given = adapters(setting, support, options.starts, options.fits)
-        for start in options.starts:
+        given = adapters(setting, support, starts, options.fits)
+        for start in starts:
             init = start if start == "eva" else "default"
             steps, rate = options.checkpoints[-1], options.learning_rate
             adamw = AdamWBaseline(
@@ -80,7 +90,7 @@ def score_task(name: str, options) -> str:
         }
         for start, each in rows.items()
     }
-    write_json(options.work / f"{name}.json", {"family": task.family, "curves": curves})
+    write_json(file, {"family": task.family, "curves": {**known, **curves}})
     return name
 
 
@@ -159,17 +169,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--starts reptile and multi_task need --fits FOLDER.")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes that are started
-    shown = ("split", "starts", "checkpoints", "learning_rate", "shots", "draws", "max_test")
+    shown = ("split", "checkpoints", "learning_rate", "shots", "draws", "max_test")
     settings = {name: getattr(options, name) for name in shown}
     settings["policy"] = describe_policy(load_setting(options.policy, options.base_model).policy)
     check_settings(options.work, settings)
     names = options.tasks or split_of(options.split).test
-    pending = [name for name in names if not (options.work / f"{name}.json").exists()]
+    pending = [name for name in names if missing_starts(name, options)]
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         jobs = [pool.submit(score_task, name, options) for name in pending]
         for number, job in enumerate(as_completed(jobs), 1):
             print(f"[{number}/{len(pending)}] {job.result()}", flush=True)
     tasks = {name: json.loads((options.work / f"{name}.json").read_text()) for name in names}
+    everywhere = [start for start in STARTS if all(start in task["curves"] for task in tasks.values())]
+    for task in tasks.values():
+        task["curves"] = {start: task["curves"][start] for start in everywhere}
     starts = summarise(tasks, options.checkpoints)
     result = {
         "benchmark": "warm_start",
