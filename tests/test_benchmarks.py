@@ -355,9 +355,9 @@ def test_every_method_gives_a_classifier(compare, scripts, subject):
     names = training.sampler.names
     paths = torch.randn(8, 5, *setting.policy.space.shape).cumsum(1) * 0.1 * setting.policy.scale
     training.recordings = [names[i % 4] for i in range(8)], paths
-    states = {}
+    states, fitted = {}, {}
     for name, method in methods.METHODS.items():
-        tensors = method.fit(training) if method.trained else {}
+        fitted[name] = tensors = method.fit(training) if method.trained else {}
         adapted = method.adapt(setting, tensors, support)
         assert adapted.head.weight.shape == (2, 16), name
         assert adapted.head.weight.isfinite().all(), name
@@ -375,6 +375,9 @@ def test_every_method_gives_a_classifier(compare, scripts, subject):
     assert float(setting.support_losses(support, states["lorahub"][None])) <= float(
         setting.support_losses(support, 0 * states["lorahub"][None])
     )
+    diffused, tensors = states["weight_diffusion"] / setting.policy.scale, fitted["weight_diffusion"]
+    latents = (diffused.flatten() - tensors["mean"]) @ tensors["basis"].T / tensors["spread"]
+    assert 0 < float(latents.abs().max()) < 1.01 * methods.METHODS["weight_diffusion"].most  # trained or not
 
 
 @pytest.mark.slow
