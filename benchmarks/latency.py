@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tasks", nargs="+", default=list(TASKS), metavar="NAME", help="tasks of different class counts"
     )
-    parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), metavar="TEXTS", help="support sizes")
+    parser.add_argument("--sizes", nargs="*", type=int, default=list(SIZES), metavar="TEXTS", help="support sizes")
     parser.add_argument("--shots", type=int, default=16, help="examples per class on the held-out tasks")
     parser.add_argument("--held-out", nargs="*", default=list(TEST), metavar="NAME", help="held-out tasks")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each, after one that warms up")

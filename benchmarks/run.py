@@ -25,6 +25,13 @@ SUITES = {
     "contrast": ("contrast.py", "{work}/contrast"),
     "transfer": ("transfer.py", "{work}/transfer", "--processes", "2"),
     "latency": ("latency.py",),
+    **{
+        f"latency_{steps}": (
+            *("latency.py", "--adamw-steps", str(steps), "--sizes", "--repeats", "1"),
+            *("--output", str(HERE / "results" / f"latency_{steps}.json")),
+        )
+        for steps in (10, 30)
+    },
     "warm_start": ("warm_start.py", "{work}/warm_start", "--processes", "2"),
     "scaling": ("scaling.py",),
     "training_cost": ("training_cost.py",),

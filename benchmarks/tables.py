@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compared import compare, compare_brief, compare_more, contrast, headline, transfer
-from rendering import NAMES, percent, signed, table, where
+from rendering import NAMES, interval, percent, signed, table, where
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -94,6 +94,35 @@ def latency_tasks(result: Mapping[str, Any], by: str = "shots") -> str:
     ]
     times = ("generated, s", "AdamW, s", "ratio")
     return table(("task", "classes", "texts", *times, *(f"{name} (bf16)" for name in times)), rows)
+
+
+def latency_by_steps(*results: Mapping[str, Any]) -> str:
+    """How long AdamW takes and what it reaches, by its number of steps; the comparison comes last."""
+    *measured, compared = results
+    rows = []
+    for result in sorted(measured, key=lambda result: result["settings"]["adamw_steps"]):
+        steps, two_classes = result["settings"]["adamw_steps"], result["ratio_by_classes"]["2"]
+        method = compared["shots"]["16"][f"adamw_{steps}"]
+        ratios = (result["ratio_of_the_median_task"], two_classes, result["bf16"]["ratio_of_the_median_task"])
+        rows.append(
+            (
+                str(steps),
+                percent(method["accuracy"]),
+                interval(method["ours_minus_it"]),
+                *(f"{ratio:.1f}" for ratio in ratios),
+                where(result),
+            )
+        )
+    header = (
+        "AdamW steps",
+        "accuracy, %",
+        "generated minus it [95 %]",
+        "its time over generation's, median task",
+        "with two classes",
+        "median task, bfloat16",
+        "measured",
+    )
+    return table(header, rows)
 
 
 def warm_start(result: Mapping[str, Any]) -> str:
@@ -262,6 +291,7 @@ BLOCKS: dict[str, tuple[str | tuple[str, ...], Callable[..., str]]] = {
     "transfer": ("transfer", transfer),
     "latency": ("latency", latency),
     "latency_tasks": ("latency", latency_tasks),
+    "latency_by_steps": (("latency_10", "latency_30", "latency", "compare"), latency_by_steps),
     "warm_start": ("warm_start", warm_start),
     "scaling": ("scaling", scaling),
     "training_cost": ("training_cost", training_cost),

@@ -606,6 +606,24 @@ def test_every_result_renders(scripts):
         assert tables.block(name).strip()
 
 
+def test_latency_by_steps(scripts):
+    """Every measured number of AdamW's steps with what it reaches, fewest first."""
+
+    def measured(steps: int, ratio: float) -> dict:
+        ratios = {"ratio_of_the_median_task": ratio, "ratio_by_classes": {"2": 2 * ratio}}
+        where = {"date": "2026-01-01", "cores": 2, "device": "cpu", "versions": {"torch": "2"}, "commit": None}
+        return {**ratios, "bf16": ratios, "settings": {"adamw_steps": steps}, "environment": where}
+
+    methods = {
+        f"adamw_{steps}": {"accuracy": 0.7 + steps / 1000, "ours_minus_it": {"mean": 0.01, "low": 0, "high": 0.02}}
+        for steps in (10, 80)
+    }
+    table = scripts("tables").latency_by_steps(measured(80, 24), measured(10, 4), {"shots": {"16": methods}})
+    few, many = table.splitlines()[2:]
+    assert few.startswith("| 10 | 71.0 | +1.0 [+0.0, +2.0] | 4.0 | 8.0 | 4.0 | 2026-01-01")
+    assert many.startswith("| 80 | 78.0 | +1.0 [+0.0, +2.0] | 24.0 | 48.0 | 24.0 |")
+
+
 def test_the_way_to_all_rows(scripts):
     """Of a ceiling 20 points above no adapter, a method 5 points above it has gone a quarter."""
     few, many = ({"none": {"accuracy": none}, "ours": {"accuracy": none + 0.05}} for none in (0.5, 0.6))
