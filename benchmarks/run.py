@@ -15,8 +15,9 @@ SUITES = {
     "compare": (
         *("compare.py", "{work}/compare", "--processes", "2", "--max-test", "300"),
         *("--controls", "wrong_task", "shuffled_labels", "--methods", "none", "none_prototype", "none_linear_probe"),
-        *("adamw_80", "mean", "nearest", "multi_task", "text_to_lora_sft", "ours_raw", "ours", "none_steps"),
-        *("multi_task_steps", "ours_steps", "family_specialists", "adamw_full_data"),
+        *("adamw_10", "adamw_30", "adamw_80", "setfit", "mean", "nearest", "nearest_5", "best_by_support_loss"),
+        *("lorahub", "multi_task", "text_to_lora_sft", "ours_raw", "ours", "none_steps", "multi_task_steps"),
+        *("ours_steps", "family_specialists", "adamw_full_data"),
     ),
     "compare_validation": (
         *("compare.py", "{work}/compare_validation", "--split", "validation", "--processes", "2", "--draws", "2"),
