@@ -180,15 +180,16 @@ def summarise(
     def of_task(entry: str, keys: Sequence[str]) -> list[float]:
         return [fmean(task[key][entry] for key in keys) for task in tasks.values()]
 
-    def of_first_draws(keys: Sequence[str], draws: int | None) -> list[float]:
+    def accuracy_of(keys: Sequence[str], draws: int | None) -> list[float]:
+        """By task, on the first draws or on all."""
         return [fmean(fmean(task[key]["per_draw"][:draws]) for key in keys) for task in tasks.values()]
 
     made = {}
     for name, keys in grouped.items():
-        accuracy = of_task("accuracy", keys)
+        method = name.split(" | ")[0]
+        draws = METHODS[method].most_draws if method in METHODS else None
+        accuracy = accuracy_of(keys, draws)
         low, high = bootstrap_interval(accuracy)
-        how = METHODS.get(keys[0].split("/")[0])
-        draws = how.most_draws if how else None
         made[name] = {
             "accuracy": fmean(accuracy),
             "interval": [low, high],
@@ -199,7 +200,7 @@ def summarise(
             "accuracy_of_seeds": [fmean(task[key]["accuracy"] for task in tasks.values()) for key in keys],
         }
         for mine in (mine for mine in ours if mine in grouped and mine != name):
-            each = [a - b for a, b in zip(of_first_draws(grouped[mine], draws), accuracy, strict=True)]
+            each = [a - b for a, b in zip(accuracy_of(grouped[mine], draws), accuracy, strict=True)]
             better = sum(difference > 0 for difference in each)
             made[name][f"{mine}_minus_it"] = {**with_interval(each), "tasks_better": better}
     return made

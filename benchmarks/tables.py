@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from compared import compare, compare_brief, compare_more, contrast, headline, transfer
@@ -101,7 +102,8 @@ def latency_by_steps(*results: Mapping[str, Any]) -> str:
     *measured, compared = results
     rows = []
     for result in sorted(measured, key=lambda result: result["settings"]["adamw_steps"]):
-        steps, two_classes = result["settings"]["adamw_steps"], result["ratio_by_classes"]["2"]
+        steps = result["settings"]["adamw_steps"]
+        two_classes = median(row["ratio"] for row in result["rows"] if row["by"] == "shots" and row["classes"] == 2)
         method = compared["shots"]["16"][f"adamw_{steps}"]
         ratios = (result["ratio_of_the_median_task"], two_classes, result["bf16"]["ratio_of_the_median_task"])
         rows.append(

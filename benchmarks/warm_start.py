@@ -46,18 +46,16 @@ def adapters(
     return found
 
 
-def missing_starts(name: str, options) -> list[str]:
-    """Those of the asked for starts that the task's file does not have."""
-    file = options.work / f"{name}.json"
-    return [
-        start for start in options.starts if not file.exists() or start not in json.loads(file.read_text())["curves"]
-    ]
+def curves_of(file: Path) -> dict[str, dict]:
+    """By start the curves that a task's file has already."""
+    return json.loads(file.read_text())["curves"] if file.exists() else {}
 
 
 def score_task(name: str, options) -> str:
     """The curves of one task that are missing, means over draws."""
-    starts, file = missing_starts(name, options), options.work / f"{name}.json"
-    known = json.loads(file.read_text())["curves"] if file.exists() else {}
+    file = options.work / f"{name}.json"
+    known = curves_of(file)
+    starts = [start for start in options.starts if start not in known]
     torch.set_num_threads(options.threads)
     setting = load_setting(options.policy, options.base_model)
     (task,) = load_tasks([name])
@@ -174,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings["policy"] = describe_policy(load_setting(options.policy, options.base_model).policy)
     check_settings(options.work, settings)
     names = options.tasks or split_of(options.split).test
-    pending = [name for name in names if missing_starts(name, options)]
+    pending = [name for name in names if not set(options.starts) <= set(curves_of(options.work / f"{name}.json"))]
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         jobs = [pool.submit(score_task, name, options) for name in pending]
         for number, job in enumerate(as_completed(jobs), 1):

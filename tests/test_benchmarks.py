@@ -324,8 +324,9 @@ def test_compare(compare, scripts, subject, tmp_path, capsys):
 def test_compare_with_fewer_draws(compare, scripts, subject, tmp_path, monkeypatch):
     """A method whose support sets cost minutes gets the first ones, and is paired with ours on these."""
     monkeypatch.setattr(compare.METHODS["none"], "most_draws", 1)
-    options = compare.parse([str(tmp_path), *subject, *COMPARE, "--methods", "none", "none_prototype", "ours_raw"])
-    options.policies, options.controls = [], []
+    options = compare.parse(
+        [str(tmp_path), *subject, *COMPARE, "--controls", "--methods", "none", "none_prototype", "ours_raw"]
+    )
     names = options.tasks
     for name in names:
         compare.score_task(name, list(compare.cells(options)), options)
@@ -612,9 +613,11 @@ def test_latency_by_steps(scripts):
     """Every measured number of AdamW's steps with what it reaches, fewest first."""
 
     def measured(steps: int, ratio: float) -> dict:
-        ratios = {"ratio_of_the_median_task": ratio, "ratio_by_classes": {"2": 2 * ratio}}
+        ratios = {"ratio_of_the_median_task": ratio}
+        others = [{"by": "size", "classes": 2, "ratio": 0.0}, {"by": "shots", "classes": 7, "ratio": 0.0}]
+        rows = [{"by": "shots", "classes": 2, "ratio": 2 * ratio}, *others]
         where = {"date": "2026-01-01", "cores": 2, "device": "cpu", "versions": {"torch": "2"}, "commit": None}
-        return {**ratios, "bf16": ratios, "settings": {"adamw_steps": steps}, "environment": where}
+        return {**ratios, "bf16": ratios, "rows": rows, "settings": {"adamw_steps": steps}, "environment": where}
 
     methods = {
         f"adamw_{steps}": {"accuracy": 0.7 + steps / 1000, "ours_minus_it": {"mean": 0.01, "low": 0, "high": 0.02}}
