@@ -1,6 +1,7 @@
 """Tables of the comparison with the field: held-out tasks, new domains of known families, new families."""
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from rendering import CONTRASTS, NAMES, interval, percent, share, signed, table, where, with_error
@@ -82,6 +83,14 @@ def _by_shots(result: Mapping[str, Any]) -> str:
     return table(header, rows)
 
 
+def _costs(trained: Mapping[str, Any]) -> list[str]:
+    """By method the minutes of its training, the mean over its training seeds."""
+    minutes: dict[str, list[float]] = {}
+    for name, cost in trained.items():
+        minutes.setdefault(name.rsplit("-", 1)[0], []).append(cost["minutes"])
+    return [f"{_title(name)} {fmean(each):.0f} min" for name, each in minutes.items()]
+
+
 def compare_more(result: Mapping[str, Any]) -> str:
     """Other numbers of examples, and new domains of known families."""
     parts = [_by_shots(result)] if "16" in result["shots"] and len(result["shots"]) > 1 else []
@@ -104,7 +113,7 @@ def compare_brief(result: Mapping[str, Any]) -> str:
 def compare(result: Mapping[str, Any]) -> str:
     """The field beside ours."""
     settings = result["settings"]
-    costs = ", ".join(f"{_title(name)} {cost['minutes']:.0f} min" for name, cost in result["trained"].items())
+    costs = ", ".join(_costs(result["trained"]))
     budget = settings["budget"]
     trained = f"Trained methods: {budget['steps']} steps of {budget['batch_size']} episodes through the base model ({costs}). "
     texts = "all" if settings["max_test"] is None else f"at most {settings['max_test']}"

@@ -22,9 +22,9 @@ from setting import RESULTS, check_settings, environment, with_interval, write_j
 from shipped_policy import prepare, train
 from splits import TRANSFER_FOLDS, families
 
-METHODS = ("none", "mean", "multi_task", "ours_raw", "ours", "ours_steps")
+METHODS = ("none", "mean", "multi_task", "multi_task_steps", "ours_raw", "ours", "ours_steps")
 OURS = ("ours", "ours_steps")
-AGAINST = ("none", "mean", "multi_task")
+AGAINST = ("none", "mean", "multi_task", "multi_task_steps")
 
 
 def run_fold(fold: int, options: argparse.Namespace) -> int:
