@@ -110,7 +110,8 @@ def score_task(name: str, wanted: Sequence[Cell], options) -> str:
     @torch.no_grad()
     def predict(adapted) -> torch.Tensor:
         if adapted.encoder is not None:
-            return adapted.encoder.embed(encoded)
+            anew = adapted.tuned_below
+            return adapted.encoder.embed(adapted.encoder.prepare(test.texts, test.texts_b) if anew else encoded)
         state = adapted.state
         key = b"" if state is None or not state.any() else state.numpy(force=True).tobytes()
         if key not in embedded:

@@ -1,5 +1,6 @@
 """The benchmark scripts at toy size, and the tables that the READMEs show of their results."""
 
+import copy
 import json
 import random
 from dataclasses import replace
@@ -339,6 +340,40 @@ def test_compare_with_fewer_draws(compare, scripts, subject, tmp_path, monkeypat
     assert "draws" not in rows["none_prototype"]
     assert rows["none"]["ours_raw_minus_it"]["mean"] == pytest.approx(fmean(first) - rows["none"]["accuracy"])
     assert "none (1 draw)" in scripts("compared")._methods("", rows)
+
+
+@pytest.mark.slow
+def test_compare_scores_an_encoder_tuned_below_on_texts_read_anew(compare, scripts, subject, tmp_path, monkeypatch):
+    """The frozen layers are read once for all methods; one that changes them is not scored on them."""
+    base, made = scripts("methods/base"), []
+
+    class Embeddings(base.Method):
+        """The base model with other word embeddings."""
+
+        def adapt(self, setting, tensors, support, told=None):
+            model = copy.deepcopy(setting.encoder.base_model)
+            with torch.no_grad():
+                model.get_input_embeddings().weight.copy_(torch.randn(model.get_input_embeddings().weight.shape))
+            encoder = scripts("setting").encoder_of(setting.policy, model, setting.encoder.tokenizer)
+            examples = support.examples
+            head = setting.solve(encoder.embed(encoder.prepare(examples.texts, examples.texts_b)), examples)
+            made.append((encoder, head))
+            return base.Adapted(head, encoder=encoder, tuned_below=True)
+
+    monkeypatch.setitem(compare.METHODS, "none", Embeddings())
+    options = compare.parse(
+        [str(tmp_path), *subject, "--tasks", "cr", "--shots", "4", "--draws", "1", "--controls", "--methods", "none"]
+    )
+    compare.score_task("cr", list(compare.cells(options)), options)
+    ((encoder, head),), (task,) = made, compare.load_tasks(["cr"])
+    test, frozen = task.split("test"), compare.load_setting(subject[1], subject[3]).encoder
+
+    def accuracy(reader) -> float:
+        embeddings = encoder.embed(reader.prepare(test.texts, test.texts_b))
+        return float((head.logits(embeddings).argmax(-1) == test.targets).float().mean())
+
+    found = json.loads((tmp_path / "tasks" / "cr.json").read_text())["none/0/4/"]["accuracy"]
+    assert found == pytest.approx(accuracy(encoder)) != accuracy(frozen)
 
 
 @pytest.mark.slow

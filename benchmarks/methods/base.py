@@ -86,11 +86,15 @@ class Support:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A classifier: a head on the embeddings of the base model under `state`, or of another `encoder`."""
+    """A classifier: a head on the embeddings of the base model under `state`, or of another `encoder`.
+
+    Texts are read once up to the first adapted layer, for all methods; an encoder that is tuned below it reads them anew.
+    """
 
     head: Head
     state: Tensor | None = None
     encoder: TextEncoder | None = None
+    tuned_below: bool = False
 
 
 @dataclass

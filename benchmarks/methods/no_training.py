@@ -78,8 +78,8 @@ class FullData(AdamW):
 class SetFit(Method):
     """SetFit (Known: 2209.11055): the whole encoder is fine-tuned on pairs of support texts, then a logistic head.
 
-    The package's defaults, 20 pairs a text each way, one epoch, but at most `max_steps` steps of 16 pairs, and in
-    bfloat16 like AdamW. Two minutes a support set on one core, so that each task gets one.
+    20 pairs a text each way (Known: 2209.11055), one epoch, but at most `max_steps` steps of 16 pairs, and in bfloat16
+    like AdamW. Two minutes a support set on one core, so that each task gets one.
     """
 
     most_draws = 1
@@ -122,4 +122,4 @@ class SetFit(Method):
         tuned = TextEncoder(body.auto_model, encoder.tokenizer, setting.policy.space, **reading)
         with torch.no_grad():
             embeddings = tuned.embed(tuned.prepare(examples.texts, examples.texts_b))
-        return Adapted(logistic_head(embeddings, examples), encoder=tuned)
+        return Adapted(logistic_head(embeddings, examples), encoder=tuned, tuned_below=True)
