@@ -146,6 +146,14 @@ def transfer(result: Mapping[str, Any]) -> str:
     return f"{table(header, rows)}\n\n{note}"
 
 
+def _derived(column: Mapping[str, Any], key: str) -> str:
+    """A share, or a difference with its standard error over draws."""
+    if key == "share_of_the_way":
+        return share(column[key])
+    error = column.get("standard_errors", {}).get(key)
+    return signed(column[key]) + ("" if error is None else f" +- {100 * error:.1f}")
+
+
 def contrast(result: Mapping[str, Any]) -> str:
     """Every pair under both labelings, with what follows from it, and all of them together."""
     settings, overall = result["settings"], result["overall"]
@@ -156,9 +164,9 @@ def contrast(result: Mapping[str, Any]) -> str:
         (NAMES[method], *(with_error(column[method]) for column in scored), percent(accuracy))
         for method, accuracy in overall["accuracy"].items()
     ]
-    for key, title in CONTRASTS.items():
-        show = share if key == "share_of_the_way" else signed
-        rows.append((title, *(show(column[key]) for column in derived)))
+    rows += [
+        (title, *(_derived(column, key) for column in derived)) for key, title in CONTRASTS.items() if key in overall
+    ]
     notes = [
         f"{settings['shots']} examples per class, {settings['draws']} draws (+- standard error of their mean); domains and classes count "
         f"alike. Specialists differ by a point or more on {overall['specialists_differ']} of {overall['labelings']} labelings."

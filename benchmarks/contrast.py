@@ -4,28 +4,29 @@ Domains that share their classes are pooled, in several pairs of labelings (`tex
 reviews of three products, `stance` towards two targets, `sarcasm` of two sites. `ours` is the policy's raw rollout;
 `ours_swapped` is conditioned on the same support texts under the *other* labeling, while head and scores keep the true
 labels. The floor is one unconditional adapter trained through the base model on both labelings of the training domains,
-the mark to reach is a specialist for each labeling; `wrong_specialist` is the other labeling's.
+the mark to reach is a specialist for each labeling; `wrong_specialist` is the other labeling's. `mean` is that of the training
+tasks' adapters, `multi_task` the adapter that `compare.py` trained on all of them (`--fits`), both the same for all pairs.
 
 No test domain was trained on, but `stance_feminist` and `sarcasm_reddit` are validation tasks: the policy's settings were
 chosen with their help. `stance` and `sarcasm` have no further domains for choosing the step of floor and specialists:
 it is chosen on split test of their training domains. Every finished pair is a file in the work folder, so a run that was
-stopped is continued by the same command; the result holds all pairs that the folder has.
+stopped is continued by the same command, and `multi_task` can be added later; the result holds all pairs that the folder has.
 """
 
 import argparse
 import json
 import math
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from pools import Pool, load_domains, pool
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from setting import (
     RESULTS,
     check_settings,
@@ -36,103 +37,26 @@ from setting import (
     load_subject,
     write_json,
 )
-from text_suite import CONTRAST_PAIRS, ContrastPair, load_tasks
+from text_suite import CONTRAST_PAIRS, ContrastPair
 from torch import Tensor
 
 from lohp_peft.policy import rollout
 from lohp_peft.tasks import (
     EpisodeSampler,
     Examples,
-    Task,
     TaskBank,
     TaskFeatures,
     TextEncoder,
-    contrast_groups,
-    draw,
     solve_head,
     task_features,
 )
 
 LABELINGS = ("class", "domain")
+StatesOf = Callable[[Examples, str], dict[str, Tensor]]
+"""By name the adapters that are scored on a support set under one labeling."""
 STATES = {"floor": LABELINGS, "specialist_class": ("class",), "specialist_domain": ("domain",)}
 POINT = 0.01
 """Specialists are told apart, and shares of a distance taken, from here."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The rows of several domains; labels are cells, `domain * classes + class`."""
-
-    train: Examples
-    test: Examples
-    domains: int
-    classes: int
-
-    def labels(self, cells: Tensor, labeling: str) -> Tensor:
-        """Labels of one of the two labelings."""
-        return cells % self.classes if labeling == "class" else cells // self.classes
-
-    def size(self, labeling: str) -> int:
-        """Number of its classes."""
-        return self.classes if labeling == "class" else self.domains
-
-    def draw(self, shots: int, labeling: str, seed: int) -> Examples:
-        """`shots` support rows per class of a labeling, equally many from every cell."""
-        per_cell, rest = divmod(shots * self.size(labeling), self.domains * self.classes)
-        if rest or not per_cell:
-            raise SystemExit(f"--shots must be a multiple of {self.domains} and of {self.classes}, got {shots}.")
-        fewest = int(self.train.targets.bincount().min())
-        if per_cell > fewest:
-            raise SystemExit(
-                f"--shots {shots} takes {per_cell} texts of each domain and class; one has only {fewest}."
-            )
-        return draw(self.train, per_cell, seed)
-
-    def accuracy(self, predicted: Tensor, labeling: str) -> float:
-        """Accuracy of labels predicted for the test rows; every cell counts alike, however many rows it has."""
-        cells = self.test.targets
-        right = (predicted == self.labels(cells, labeling)).double()
-        return float(torch.stack([right[cells == cell].mean() for cell in cells.unique()]).mean())
-
-
-def load_domains(names: Sequence[str]) -> list[Task]:
-    """Tasks that share their classes, without the texts that more than one of them has: they have no domain."""
-    tasks = load_tasks(names)
-    groups = contrast_groups(tasks)
-    if groups != [list(names)]:
-        raise SystemExit(f"The domains {', '.join(names)} must share their label names; groups that do: {groups}.")
-    owners = Counter(text for task in tasks for text in set(task.examples.texts))
-    kept = [[i for i, text in enumerate(task.examples.texts) if owners[text] == 1] for task in tasks]
-    return [
-        replace(task, examples=task.examples.select(rows), splits=tuple(task.splits[i] for i in rows))
-        for task, rows in zip(tasks, kept, strict=True)
-    ]
-
-
-def pool(names: Sequence[str], max_test: int, trained_on: bool = False, seed: int = 0) -> Pool:
-    """Pool domains with one label set; as many test rows from every cell, or all that it has.
-
-    Of domains that were trained on, both sides are of split test, which training does not see: half of every cell each.
-    """
-    tasks = load_domains(names)
-    classes = tasks[0].examples.n_classes
-    count = len(tasks) * classes
-    if max_test < count:
-        raise SystemExit(f"--max-test must be at least {count}, one of each domain and class, got {max_test}.")
-
-    def pooled(split: str) -> Examples:
-        parts = [task.split(split) for task in tasks]
-        cells = [i * classes + y for i, part in enumerate(parts) for y in part.labels]
-        texts = tuple(text for part in parts for text in part.texts)
-        return Examples(texts, tuple(cells), tuple(map(str, range(count))))
-
-    test = pooled("test")
-    if trained_on:
-        rows = [(test.targets == cell).nonzero().flatten() for cell in range(count)]
-        train, test = [test.select(torch.cat([each[side::2] for each in rows])) for side in (0, 1)]
-    else:
-        train = pooled("train")
-    return Pool(train, draw(test, max_test // count, seed), len(tasks), classes)
 
 
 class Scorer:
@@ -207,48 +131,91 @@ def _train(policy, bank, sampler, groups, labelings, validation: Scorer, options
     return best
 
 
-def evaluate(scorer: Scorer, trained: dict[str, dict], options, advance) -> dict[str, dict[str, dict]]:
+def common_states(policy, fits: Path | None) -> dict[str, Tensor]:
+    """Adapters that are the same for all pairs."""
+    states = {"mean": policy.reference_set.mean_state()}
+    if fits is not None:
+        states["multi_task"] = policy.scale * load_file(fits / "multi_task-0.safetensors")["state"]
+    return states
+
+
+def states_of_pair(scorer: Scorer, trained: dict[str, dict]) -> StatesOf:
+    """Those of one pair, some of them generated from the support set."""
+
+    def states(support: Examples, labeling: str) -> dict[str, Tensor]:
+        (other,) = set(LABELINGS) - {labeling}
+        return {
+            "none": torch.zeros(tuple(scorer.policy.space.shape)),
+            "floor": trained["floor"]["state"],
+            "ours": scorer.generated(support, labeling),
+            "ours_swapped": scorer.generated(support, other),
+            "specialist": trained[f"specialist_{labeling}"]["state"],
+            "wrong_specialist": trained[f"specialist_{other}"]["state"],
+        }
+
+    return states
+
+
+def evaluate(scorer: Scorer, states_of: StatesOf, options, advance) -> dict[str, dict[str, dict]]:
     """Accuracies by labeling and method, over draws."""
-    zero = torch.zeros(tuple(scorer.policy.space.shape))
     results = {}
     for labeling in LABELINGS:
-        (other,) = set(LABELINGS) - {labeling}
         rows: dict[str, list[float]] = {}
         for seed in range(options.draws):
             support = scorer.pool.draw(options.shots, labeling, seed)
-            states = {
-                "none": zero,
-                "floor": trained["floor"]["state"],
-                "ours": scorer.generated(support, labeling),
-                "ours_swapped": scorer.generated(support, other),
-                "specialist": trained[f"specialist_{labeling}"]["state"],
-                "wrong_specialist": trained[f"specialist_{other}"]["state"],
-            }
-            for name, state in states.items():
+            for name, state in states_of(support, labeling).items():
                 rows.setdefault(name, []).append(scorer.accuracy(state, support, labeling))
             advance()
         results[labeling] = {
-            name: {
-                "accuracy": fmean(values),
-                "standard_error": stdev(values) / len(values) ** 0.5 if len(values) > 1 else None,
-                "per_draw": values,
-            }
+            name: {"accuracy": fmean(values), "standard_error": standard_error(values), "per_draw": values}
             for name, values in rows.items()
         }
     return results
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean over draws."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def lacking_of(file: Path, states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adapters that a finished pair has not scored yet."""
+    scored = json.loads(file.read_text())["labelings"][LABELINGS[0]]
+    return {name: state for name, state in states.items() if name not in scored}
+
+
+def add_states(file: Path, states: dict[str, Tensor], scorer: Scorer, options) -> None:
+    """Score further adapters on a finished pair."""
+    pair = json.loads(file.read_text())
+    for labeling, rows in evaluate(scorer, lambda *_: states, options, lambda: None).items():
+        pair["labelings"][labeling] |= rows
+    write_json(file, pair)
+
+
+DIFFERENCES = {
+    "ours_minus_floor": ("ours", "floor"),
+    "ours_minus_multi_task": ("ours", "multi_task"),
+    "ours_minus_swapped": ("ours", "ours_swapped"),
+    "specialist_minus_wrong": ("specialist", "wrong_specialist"),
+}
+
+
 def differences(accuracy: Mapping[str, float]) -> dict[str, float]:
-    """What the methods' accuracies say of ours and of the specialists."""
-    return {
-        "ours_minus_floor": accuracy["ours"] - accuracy["floor"],
-        "ours_minus_swapped": accuracy["ours"] - accuracy["ours_swapped"],
-        "specialist_minus_wrong": accuracy["specialist"] - accuracy["wrong_specialist"],
-    }
+    """What the methods' accuracies say of ours and of the specialists; those of methods that were scored."""
+    return {key: accuracy[a] - accuracy[b] for key, (a, b) in DIFFERENCES.items() if {a, b} <= set(accuracy)}
+
+
+def paired_errors(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Standard errors of the differences, over draws."""
+    draws = [
+        dict(zip(methods, row, strict=True)) for row in zip(*(m["per_draw"] for m in methods.values()), strict=True)
+    ]
+    each = [differences(accuracy) for accuracy in draws]
+    return {key: standard_error([one[key] for one in each]) for key in each[0]}
 
 
 def summarise(pairs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The pairs with the differences of each labeling, and means over all labelings.
+    """The pairs with the differences of each labeling, and means over all labelings of methods that all pairs have.
 
     The share of the way from floor to specialist is given where it is a point or more; of all labelings, it is the sum of
     ours minus floor over the sum of specialist minus floor, over the labelings where that is above 0.
@@ -263,9 +230,11 @@ def summarise(pairs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             derived[labeling] = {
                 **found,
                 "share_of_the_way": found["ours_minus_floor"] / way if way >= POINT else None,
+                "standard_errors": paired_errors(methods),
             }
         made[name] = {**pair, "derived": derived}
-    means = {method: fmean(accuracy[method] for accuracy in accuracies) for method in accuracies[0]}
+    everywhere = [method for method in accuracies[0] if all(method in accuracy for accuracy in accuracies)]
+    means = {method: fmean(accuracy[method] for accuracy in accuracies) for method in everywhere}
     ways = [(a["ours"] - a["floor"], a["specialist"] - a["floor"]) for a in accuracies if a["specialist"] > a["floor"]]
     overall = {
         "labelings": len(accuracies),
@@ -289,7 +258,7 @@ def measure(
         bar = progress.add_task(f"{name}: floor and specialists", total=len(STATES) * options.steps)
         trained = train_states(policy, training, pair, validation, options, lambda: progress.advance(bar))
         bar = progress.add_task(f"{name}: support draws", total=len(LABELINGS) * options.draws)
-        labelings = evaluate(scorer, trained, options, lambda: progress.advance(bar))
+        labelings = evaluate(scorer, states_of_pair(scorer, trained), options, lambda: progress.advance(bar))
     return {
         "domains": pair.test if options.split == "test" else pair.validation,
         "validation": {"domains": pair.validation, "trained_on": pair.validation in pair.training},
@@ -331,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--validate-every", type=int, default=25, help="steps between validations")
     parser.add_argument("--validation-draws", type=int, default=4, help="support sets per labeling in a validation")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train in bfloat16")
+    parser.add_argument("--fits", type=Path, help="trainings of compare.py, for the row multi_task")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
     parser.add_argument(
         "--split",
@@ -343,19 +313,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     policy, model, tokenizer = load_subject(options.policy, options.base_model)
-    apart = ("work", "pairs", "policy", "base_model", "threads", "output")
+    apart = ("work", "pairs", "policy", "base_model", "fits", "threads", "output")
     settings = {key: value for key, value in vars(options).items() if key not in apart}
     settings["policy"] = describe_policy(policy)
     check_settings(options.work, settings)
     files = {name: options.work / f"{name}.json" for name in CONTRAST_PAIRS}
     pending = [name for name in options.pairs if not files[name].exists()]
     print(f"{len(options.pairs) - len(pending)} of {len(options.pairs)} pairs are done already", flush=True)
-    if pending:
-        pools = {name: pools_of(CONTRAST_PAIRS[name], options) for name in pending}  # fails before anything is trained
+    common = common_states(policy, options.fits)
+    lacking = {name: common if name in pending else lacking_of(files[name], common) for name in options.pairs}
+    unfinished = [name for name, states in lacking.items() if states]
+    if unfinished:
+        pools = {
+            name: pools_of(CONTRAST_PAIRS[name], options) for name in unfinished
+        }  # fails before anything is trained
         encoder, dtype = encoder_of(policy, model, tokenizer), torch.bfloat16 if options.bf16 else None
         training = encoder_of(policy, load_base_model(options.base_model, "eager")[0], tokenizer, dtype)
-        for name in pending:
-            write_json(files[name], measure(name, pools[name], policy, encoder, training, options))
+        for name in unfinished:
+            if name in pending:
+                write_json(files[name], measure(name, pools[name], policy, encoder, training, options))
+            add_states(files[name], lacking[name], Scorer(policy, encoder, pools[name][1]), options)
     pairs = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     result = {"benchmark": "contrast", "settings": settings, "environment": environment(), **summarise(pairs)}
     missing = [name for name in CONTRAST_PAIRS if name not in pairs]

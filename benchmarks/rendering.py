@@ -14,12 +14,15 @@ NAMES = {
     "adamw": "AdamW on the same examples",
     "ours": "**generated, raw rollout**",
     "ours_swapped": "control: conditioned on the other labeling",
-    "floor": "one adapter trained on both labelings",
+    "mean": "mean of the training adapters",
+    "multi_task": "multi-task adapter, of all training tasks",
+    "floor": "one adapter trained on both labelings of this kind",
     "specialist": "specialist for this labeling",
     "wrong_specialist": "specialist for the other labeling",
 }
 CONTRASTS = {
     "ours_minus_floor": "generated minus one adapter for both, points",
+    "ours_minus_multi_task": "generated minus the multi-task adapter, points",
     "share_of_the_way": "generated: share of the way from that adapter to the specialist, %",
     "ours_minus_swapped": "generated minus the other labeling's, points",
     "specialist_minus_wrong": "specialist minus the other labeling's, points",

@@ -3,12 +3,14 @@
 import copy
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import toy
 from lohp_peft.adapters import AdapterLayout, CoreSpace
@@ -131,7 +133,7 @@ def test_contrast(contrast, scripts, subject, tmp_path, capsys):
     contrast.main(line)
     result = result_of(tmp_path / "result.json")
     assert list(result["pairs"]) == ["sentiment", "stance", "sarcasm"]
-    methods = {"none", "floor", "ours", "ours_swapped", "specialist", "wrong_specialist"}
+    methods = {"none", "mean", "floor", "ours", "ours_swapped", "specialist", "wrong_specialist"}
     rows = []
     for pair in result["pairs"].values():
         assert set(pair["labelings"]) == set(pair["derived"]) == {"class", "domain"}
@@ -158,6 +160,22 @@ def test_contrast(contrast, scripts, subject, tmp_path, capsys):
     assert again["stance"]["labelings"] == result["pairs"]["stance"]["labelings"]
     with pytest.raises(SystemExit, match="draws"):
         contrast.main([*line, "--draws", "3"])
+
+    # an adapter trained elsewhere is scored on the finished pairs, and nothing else again
+    policy = scripts("setting").LoHpPolicy.from_pretrained(subject[1])
+    state = policy.reference_set.mean_state() / policy.scale
+    save_file({"state": state}, tmp_path / "multi_task-0.safetensors")
+    contrast.main([*line, "--fits", str(tmp_path)])
+    added = result_of(tmp_path / "result.json")
+    for name, pair in added["pairs"].items():
+        for labeling, scored in pair["labelings"].items():
+            assert scored["multi_task"]["per_draw"] == scored["mean"]["per_draw"]  # here the same adapter
+            assert {**scored, "multi_task": None} == {**again[name]["labelings"][labeling], "multi_task": None}
+            derived, ours = pair["derived"][labeling], scored["ours"]["per_draw"]
+            each = [a - b for a, b in zip(ours, scored["mean"]["per_draw"], strict=True)]
+            assert derived["ours_minus_multi_task"] == pytest.approx(fmean(each))
+            assert derived["standard_errors"]["ours_minus_multi_task"] == pytest.approx(stdev(each) / 2**0.5)
+    assert "| generated minus the multi-task adapter, points |" in scripts("tables").contrast(added)
 
 
 @pytest.mark.slow
@@ -194,14 +212,14 @@ def test_contrast_pairs_test_what_was_not_trained_on(scripts):
 
 def test_contrast_pool_of_trained_domains(contrast, monkeypatch):
     """Support and test rows are different ones of split test, and no text of two domains is in either."""
-    names = contrast.CONTRAST_PAIRS["stance"].validation
-    first, second = contrast.load_tasks(names)
+    names, pools = contrast.CONTRAST_PAIRS["stance"].validation, sys.modules["pools"]
+    first, second = pools.load_tasks(names)
     texts = tuple(f"{split} {i}" for i, split in enumerate(first.splits))
     first = replace(first, examples=replace(first.examples, texts=texts))
     shared = texts.index(next(text for text in texts if text.startswith("test")))
     other = (texts[shared], *second.examples.texts[1:])
     second = replace(second, examples=replace(second.examples, texts=other))
-    monkeypatch.setattr(contrast, "load_tasks", lambda names: [first, second])
+    monkeypatch.setattr(pools, "load_tasks", lambda names: [first, second])
     pool = contrast.pool(names, max_test=1000, trained_on=True)
     assert not set(pool.train.texts) & set(pool.test.texts)
     found = {*pool.train.texts, *pool.test.texts}
@@ -213,7 +231,7 @@ def test_contrast_pool_of_trained_domains(contrast, monkeypatch):
 
 def accuracies(*values: float) -> dict[str, dict[str, float]]:
     names = ("floor", "ours", "ours_swapped", "specialist", "wrong_specialist")
-    return {name: {"accuracy": value} for name, value in zip(names, values, strict=True)}
+    return {name: {"accuracy": value, "per_draw": [value]} for name, value in zip(names, values, strict=True)}
 
 
 def test_contrast_differences(scripts):
