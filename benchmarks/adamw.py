@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from setting import RESULTS, describe_policy, environment, load_subject, write_json
+from setting import describe_policy, environment, load_subject, result_file, write_json
 from text_suite import load_tasks
 
 from lohp_peft import AdamWBaseline
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--policy", default="shipped", help="shipped, a folder, or owner/name@commit")
     parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "adamw.json", help="result file")
+    parser.add_argument("--output", type=Path, help="result file; results/adamw.json by default")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     subject, tasks = load_subject(options.policy, options.base_model), {}
@@ -71,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     mean = {key: fmean(found[key] for found in tasks.values()) for key in wanted}
     settings = {"shots": SHOTS, "draws": 1, "max_test": MAX_TEST, "policy": describe_policy(subject[0])}
     result = {"benchmark": "adamw", "settings": settings, "environment": environment(), "best": best_of(mean)}
-    write_json(options.output, {**result, "accuracy": mean, "tasks": tasks})
+    whole = (options.tasks, options.rates, options.steps) == (TASKS, list(RATES), list(STEPS))
+    if target := result_file("adamw", options.output, whole):
+        write_json(target, {**result, "accuracy": mean, "tasks": tasks})
     print(result["best"])
 
 

@@ -1,9 +1,9 @@
 """The field's baselines beside ours on held-out tasks: `python benchmarks/compare.py WORK_FOLDER`.
 
-Two kinds of cells, each a file in the work folder and run once: `fits/METHOD-SEED.safetensors`, one training of a method,
-and `tasks/TASK.json`, to which scores are added one (method, seed, shots, control) at a time. A run that was stopped is
-continued by the same command; trainings and tasks run on `--processes`. The result holds all cells that the folder has
-for these tasks, so that methods can be added by further commands.
+Two kinds of cells, each run once and kept in the work folder: `fits/METHOD-SEED.safetensors`, one training of a method,
+and the scores of (method, seed, shots, control) in `tasks/TASK.json`, which are written together for each number of shots.
+A run that was stopped is continued by the same command; trainings and tasks run on `--processes`. The result holds all
+cells that the folder has for these tasks, so that methods can be added by further commands.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
@@ -23,11 +24,12 @@ from fitting import Budget, fit, load_setting
 from methods import CONTROLS, FROM_POLICY, METHODS, Method
 from safetensors.torch import load_file
 from setting import (
-    RESULTS,
     bootstrap_interval,
     check_settings,
     describe_policy,
     environment,
+    of_split,
+    result_file,
     with_interval,
     write_json,
 )
@@ -207,6 +209,18 @@ def summarise(
     return made
 
 
+def check_available(pending: Sequence[tuple[str, int]], options) -> None:
+    """Refuse before any work what would fail after hours."""
+    packages = {name: METHODS[name].requires for name in options.methods}
+    missing = {name: [p for p in needed if find_spec(p) is None] for name, needed in packages.items()}
+    problems = [f"{name} needs the packages {', '.join(found)}" for name, found in missing.items() if found]
+    if options.trajectories is None:
+        learning = sorted({name for name, _ in pending if METHODS[name].from_recordings})
+        problems += [f"{name} learns from recorded adapters: give --trajectories FOLDER" for name in learning]
+    if problems:
+        raise SystemExit("; ".join(problems) + ".")
+
+
 def named_policy(text: str) -> tuple[str, str]:
     """A name and a folder; the name is that of a method of a policy, or of none."""
     name, equals, folder = text.partition("=")
@@ -261,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "policy": describe_policy(load_setting(*subject).policy),
         "draws": options.draws,
         "max_test": options.max_test,
+        "full_data_rows": options.full_data_rows,
         "budget": vars(budget),
     }
     check_settings(options.work, settings)
@@ -270,14 +285,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"These policies are not in the compared policy's weight space: {sorted(set(foreign))}.")
     names = options.tasks or split_of(options.split).test
     trainings = {cell.fit: file_of(cell.fit, options.work) for cell in wanted if cell.fit}
-    pending = [
-        (*one, options.split, budget, subject, options.trajectories, target)
-        for one, target in trainings.items()
-        if not target.exists()
-    ]
+    trainings = {one: target for one, target in trainings.items() if not target.exists()}
+    check_available(list(trainings), options)
+    common = options.split, budget, subject, options.trajectories
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         for title, jobs in (
-            ("training", lambda: [pool.submit(fit, *one) for one in pending]),
+            ("training", lambda: [pool.submit(fit, *one, *common, target) for one, target in trainings.items()]),
             ("task", lambda: [pool.submit(score_task, name, wanted, options) for name in names]),
         ):
             started = jobs()
@@ -300,11 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "new_domains": {str(shots): summarise(domains, found, shots) for shots in numbers} if domains else {},
         "tasks": {name: {key: task[key] for key in found} for name, task in tasks.items()},
     }
-    default = RESULTS / ("compare.json" if options.split == "test" else f"compare_{options.split}.json")
-    if options.tasks and options.output is None:
-        print("No result file: not all tasks of the split were asked for. Give --output to write one.")
-    else:
-        write_json(options.output or default, result)
+    if target := result_file(of_split("compare", options.split), options.output, whole=not options.tasks):
+        write_json(target, result)
     for shots, methods in result["shots"].items():
         print(f"{shots} examples per class")
         for name, row in methods.items():

@@ -115,12 +115,12 @@ def compare(result: Mapping[str, Any]) -> str:
     settings = result["settings"]
     costs = ", ".join(_costs(result["trained"]))
     budget = settings["budget"]
-    trained = f"Trained methods: {budget['steps']} steps of {budget['batch_size']} episodes through the base model ({costs}). "
+    trained = f"Trained methods: {budget['steps']} steps of {budget['batch_size']} episodes through the base model, those that learn from recordings none of these, but 3,000 steps of 16 runs ({costs}). "
     texts = "all" if settings["max_test"] is None else f"at most {settings['max_test']}"
     note = (
         f"{len(result['tasks'])} {'held-out' if settings['split'] == 'test' else settings['split']} tasks, {settings['draws']} draws, "
-        f"{texts} test texts. {trained if costs else ''}Seconds are "
-        f"for choosing adapter and head once the examples' features are there, and rough: other jobs ran beside. {where(result)}"
+        f"{texts} test texts. {trained if costs else ''}Seconds are for adapter and head; ours, AdamW and SetFit also read the "
+        f"examples in them, which the others had done before. They are rough: other jobs ran beside. {where(result)}"
     )
     return "\n\n".join((_methods("16 examples per class", result["shots"]["16"]), note))
 

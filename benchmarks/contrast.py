@@ -28,13 +28,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file
 from setting import (
-    RESULTS,
     check_settings,
     describe_policy,
     encoder_of,
     environment,
     load_base_model,
     load_subject,
+    of_split,
+    result_file,
     write_json,
 )
 from text_suite import CONTRAST_PAIRS, ContrastPair
@@ -284,7 +285,7 @@ def pools_of(pair: ContrastPair, options) -> tuple[Pool, Pool]:
     return validation, test
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder of the finished pairs")
     parser.add_argument("--pairs", nargs="+", choices=CONTRAST_PAIRS, default=list(CONTRAST_PAIRS))
@@ -309,7 +310,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="the pools scored, or those steps are chosen on",
     )
     parser.add_argument("--output", type=Path, help="result file; results/contrast[_validation].json by default")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     policy, model, tokenizer = load_subject(options.policy, options.base_model)
@@ -335,12 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             add_states(files[name], lacking[name], Scorer(policy, encoder, pools[name][1]), options)
     pairs = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     result = {"benchmark": "contrast", "settings": settings, "environment": environment(), **summarise(pairs)}
-    missing = [name for name in CONTRAST_PAIRS if name not in pairs]
-    if missing and options.output is None:
-        print(f"No result file: {', '.join(missing)} not measured. Give --output to write one.")
-    else:
-        default = RESULTS / ("contrast.json" if options.split == "test" else "contrast_validation.json")
-        write_json(options.output or default, result)
+    if target := result_file(of_split("contrast", options.split), options.output, whole=len(pairs) == len(files)):
+        write_json(target, result)
     for name, pair in pairs.items():
         for labeling, methods in pair["labelings"].items():
             print(f"{name} by {labeling}", {key: round(100 * row["accuracy"], 1) for key, row in methods.items()})

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from setting import (
-    RESULTS,
     check_settings,
     describe_policy,
     environment,
     load_subject,
+    of_split,
+    result_file,
     with_interval,
     write_json,
 )
@@ -76,7 +77,7 @@ def summarise(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"methods": methods, "differences": differences}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path, help="folder of the finished tasks")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="which held-out tasks")
@@ -99,8 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="tasks at once, each process with --threads threads")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="result file; results/few_shot[_validation].json by default")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes that are started
     config = EvaluationConfig(
@@ -131,7 +135,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"[{number}/{len(pending)}] {evaluate_one(name, config, options.work)}", flush=True)
 
     tasks = {name: json.loads((options.work / f"{name}.json").read_text()) for name in names}
-    default = RESULTS / ("few_shot.json" if options.split == "test" else f"few_shot_{options.split}.json")
     result = {
         "benchmark": "few_shot",
         "settings": settings,
@@ -141,10 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **summarise(tasks),
         "tasks": tasks,
     }
-    if options.tasks and options.output is None:
-        print("No result file: not all tasks of the split were asked for. Give --output to write one.")
-    else:
-        write_json(options.output or default, result)
+    if target := result_file(of_split("few_shot", options.split), options.output, whole=not options.tasks):
+        write_json(target, result)
     for method, row in result["methods"].items():
         print(f"{method:16} {100 * row['accuracy']:5.1f} %  {row['seconds']:6.2f} s")
     for name, row in result["differences"].items():

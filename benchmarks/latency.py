@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from rich.console import Console
 from rich.progress import track
-from setting import RESULTS, describe_policy, environment, load_subject, write_json
+from setting import describe_policy, environment, load_subject, result_file, write_json
 from text_suite import TEST, load_tasks
 
 from lohp_peft import AdamWBaseline, EvaluationConfig, GenerationConfig, generate_adapter
@@ -74,7 +74,7 @@ def summarise(rows: Sequence[dict], suffix: str = "") -> dict:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", default="shipped", help="shipped, a folder, or owner/name@commit")
     parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
@@ -88,8 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--adamw-steps", type=int, default=EvaluationConfig().adamw_steps)
     parser.add_argument("--adamw-learning-rate", type=float, default=EvaluationConfig().adamw_learning_rate)
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
-    parser.add_argument("--output", type=Path, default=RESULTS / "latency.json", help="result file")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--output", type=Path, help="result file; results/latency.json by default")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     subject = load_subject(options.policy, options.base_model)
@@ -113,7 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **summary,
         "rows": rows,
     }
-    write_json(options.output, result)
+    whole = options.adamw_steps == EvaluationConfig().adamw_steps and {*options.held_out} == {*TEST} and options.sizes
+    if target := result_file("latency", options.output, bool(whole)):
+        write_json(target, result)
     for row in rows:
         print(
             f"{row['classes']:3} classes {row['texts']:4} texts: generated {row['generated']:.2f} s, "

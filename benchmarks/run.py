@@ -10,22 +10,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+FITS = ("--fits", "{work}/compare/fits")
+"""The adapters that the comparison trained, which come before the suites that use them."""
 SUITES = {
-    "few_shot": ("few_shot.py", "{work}/few_shot", "--processes", "2"),
+    "adamw": ("adamw.py", "{work}/adamw"),
+    "few_shot": ("few_shot.py", "{work}/few_shot", "--processes", "2", "--adamw-bf16"),
     "compare": (
         *("compare.py", "{work}/compare", "--processes", "2", "--max-test", "300"),
         *("--controls", "wrong_task", "shuffled_labels", "--methods", "none", "none_prototype", "none_linear_probe"),
-        *("adamw_10", "adamw_30", "adamw_80", "setfit", "mean", "nearest", "nearest_5", "best_by_support_loss"),
-        *("lorahub", "multi_task", "text_to_lora_sft", "ours_raw", "ours", "none_steps", "multi_task_steps"),
-        *("ours_steps", "family_specialists", "adamw_full_data"),
+        *("adamw_10", "adamw_30", "adamw_80", "eva_80", "setfit", "mean", "nearest", "nearest_5"),
+        *("best_by_support_loss", "lorahub", "multi_task", "reptile", "reptile_5", "text_to_lora_sft", "ours_raw"),
+        *("ours", "none_steps", "multi_task_steps", "ours_steps", "family_specialists", "adamw_full_data"),
     ),
     "compare_validation": (
         *("compare.py", "{work}/compare_validation", "--split", "validation", "--processes", "2", "--draws", "2"),
         *("--methods", "none", "ours", "ours_steps", "ours_steps_16", "--controls", "--max-test", "200"),
     ),
-    "contrast": ("contrast.py", "{work}/contrast"),
+    "contrast": (
+        *("contrast.py", "{work}/contrast", *FITS, "--draws", "5", "--max-test", "240"),
+        *("--steps", "60", "--validate-every", "30", "--validation-draws", "2"),
+    ),
     "transfer": ("transfer.py", "{work}/transfer", "--processes", "2"),
-    "latency": ("latency.py",),
+    "latency": ("latency.py", "--tasks", "cr", "stackoverflow20", "--sizes", "8", "64", "256", "--repeats", "1"),
     **{
         f"latency_{steps}": (
             *("latency.py", "--adamw-steps", str(steps), "--sizes", "--repeats", "1"),
@@ -33,13 +39,20 @@ SUITES = {
         )
         for steps in (10, 30)
     },
-    "warm_start": ("warm_start.py", "{work}/warm_start", "--processes", "2"),
+    "warm_start": (
+        *("warm_start.py", "{work}/warm_start", "--processes", "2", *FITS),
+        *("--starts", "default", "eva", "generated", "reptile", "multi_task"),
+    ),
     "scaling": ("scaling.py",),
     "training_cost": ("training_cost.py",),
     "importing": ("importing.py",),
     "recorder": ("recorder/run.py",),
 }
-"""By the name of the result file: the script and its arguments. `subtb/` and `shipped_policy/` have their own READMEs."""
+"""By the name of the result file: the script and its arguments, as the committed results were measured.
+
+What needs recordings (`shipped_policy/`, `ablations.py`, and the methods of `compare.py` that learn from them) and further
+training seeds are run by hand: see README.md.
+"""
 SMALL = {
     "compare_small": (
         *("compare.py", "{work}/compare_small", "--output", "{work}/compare_small.json", "--processes", "2"),

@@ -90,6 +90,19 @@ def write_json(target: Path, content: Any) -> None:
     part.replace(target)
 
 
+def result_file(name: str, output: Path | None, whole: bool) -> Path | None:
+    """Where a result goes: what was asked for, else the published one; a part of a suite never takes its place."""
+    if output is None and not whole:
+        print(f"No result file: this was not all of {name}. Give --output to write one.")
+        return None
+    return output or RESULTS / f"{name}.json"
+
+
+def of_split(name: str, split: str) -> str:
+    """The name of a suite's result on a split."""
+    return name if split == "test" else f"{name}_{split}"
+
+
 def _commit() -> str | None:
     """The commit of the working tree, marked when the tree differs from it; `None` outside a repository."""
     here = Path(__file__).parent

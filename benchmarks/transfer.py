@@ -18,7 +18,7 @@ from typing import Any
 
 import compare
 import torch
-from setting import RESULTS, check_settings, environment, with_interval, write_json
+from setting import check_settings, environment, result_file, with_interval, write_json
 from shipped_policy import prepare, train
 from splits import TRANSFER_FOLDS, families
 
@@ -86,7 +86,7 @@ def summarise(tasks: dict[str, dict[str, Any]], of: dict[str, str]) -> dict[str,
     return {"all": row(list(tasks)), "families": {family: row(names) for family, names in by_family.items()}}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder of the finished cells")
     parser.add_argument("--folds", nargs="+", type=int, default=list(range(len(TRANSFER_FOLDS))))
@@ -101,8 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
     parser.add_argument("--processes", type=int, default=1, help="folds at once, each process with --threads threads")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "transfer.json")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--output", type=Path, help="result file; results/transfer.json by default")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes that are started
     free = ("work", "folds", "base_model", "processes", "threads", "output")
@@ -132,7 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **summarise(tasks, families()),
         "tasks": tasks,
     }
-    write_json(options.output, result)
+    whole = sorted(options.folds) == list(range(len(TRANSFER_FOLDS)))
+    if target := result_file("transfer", options.output, whole):
+        write_json(target, result)
     for method, scores in result["all"]["methods"].items():
         print(f"{method:16} {100 * scores['accuracy']:5.1f} %")
 

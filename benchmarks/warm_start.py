@@ -19,7 +19,7 @@ from statistics import fmean, median
 import torch
 from fitting import load_setting
 from safetensors.torch import load_file
-from setting import RESULTS, check_settings, describe_policy, environment, write_json
+from setting import check_settings, describe_policy, environment, of_split, result_file, write_json
 from splits import split_of
 from text_suite import load_tasks
 from torch import Tensor
@@ -143,7 +143,7 @@ def plot(result: dict, file: Path) -> None:
     pyplot.close(figure)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder of the finished tasks")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="which held-out tasks")
@@ -159,12 +159,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
     parser.add_argument("--processes", type=int, default=1, help="tasks at once, each process with --threads threads")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="result file; results/warm_start.json by default")
+    parser.add_argument("--output", type=Path, help="result file; results/warm_start[_validation].json by default")
     options = parser.parse_args(arguments)
     if "default" not in options.starts:
         parser.error("--starts must hold default, which the others are compared with.")
     if options.fits is None and {"reptile", "multi_task"} & set(options.starts):
         parser.error("--starts reptile and multi_task need --fits FOLDER.")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes that are started
     shown = ("split", "checkpoints", "learning_rate", "shots", "draws", "max_test")
@@ -189,9 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "starts": starts,
         "tasks": tasks,
     }
-    target = options.output or RESULTS / "warm_start.json"
-    write_json(target, result)
-    plot(result, target.with_suffix(".svg"))
+    if target := result_file(of_split("warm_start", options.split), options.output, whole=not options.tasks):
+        write_json(target, result)
+        plot(result, target.with_suffix(".svg"))
     for start, row in starts.items():
         share = row["median_share_of_steps"]
         print(f"{start:12} {'never' if share is None else f'{share:.2f}':>6} of the default's steps", row["accuracy"])

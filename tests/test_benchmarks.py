@@ -406,8 +406,14 @@ def test_every_method_gives_a_classifier(compare, scripts, subject, monkeypatch)
     fitting = scripts("fitting")
     encoder = fitting.encoder_of(setting.policy, *fitting.load_base_model(subject[3], "eager"))
     training = fitting.training_of(setting, encoder, fitting.split_of("test"), fitting.Budget(2, 1, 1, 2, 20), seed=0)
-    with pytest.raises(SystemExit, match="--trajectories"):
+    with pytest.raises(ValueError, match="learns from recorded adapters"):
         methods.METHODS["drag_and_drop"].fit(training)
+    line = ["work", *subject, "--methods", "drag_and_drop", "setfit", "local_denoising"]
+    monkeypatch.setattr(compare.METHODS["setfit"], "requires", ("setfit", "no_such_package"))
+    with pytest.raises(
+        SystemExit, match="setfit needs the packages no_such_package; drag_and_drop learns .*; local_d"
+    ):
+        compare.check_available([("drag_and_drop", 0), ("local_denoising", 0)], compare.parse(line))
     names = training.sampler.names
     paths = torch.randn(8, 5, *setting.policy.space.shape).cumsum(1) * 0.1 * setting.policy.scale
     training.recordings = [names[i % 4] for i in range(8)], paths
@@ -594,6 +600,23 @@ def test_run_starts_only_what_is_missing(scripts, tmp_path, capsys):
         run.main(["coffee"])
 
 
+@pytest.mark.parametrize(
+    "suite", ["few_shot", "compare", "compare_validation", "contrast", "transfer", "latency", "warm_start"]
+)
+def test_results_are_those_of_the_commands(scripts, suite):
+    """What `make bench` runs is what the committed results were measured with."""
+    script, *arguments = scripts("run").SUITES[suite]
+    options = vars(scripts(script.removesuffix(".py")).parse(arguments))
+    settings = json.loads((BENCHMARKS / "results" / f"{suite}.json").read_text())["settings"]
+    shared = settings.keys() & options.keys() - {"policy", "threads"}
+    assert len(shared) > 1
+    assert {key: settings[key] for key in shared} == {key: as_json(options[key]) for key in shared}
+
+
+def as_json(value):
+    return json.loads(json.dumps(value))
+
+
 ENVIRONMENT = {
     "date": "2026-01-02",
     "commit": "0123456789abcdef",
@@ -669,6 +692,7 @@ def test_latency_by_steps(scripts):
         ratios = {"ratio_of_the_median_task": ratio}
         others = [{"by": "size", "classes": 2, "ratio": 0.0}, {"by": "shots", "classes": 7, "ratio": 0.0}]
         rows = [{"by": "shots", "classes": 2, "ratio": 2 * ratio}, *others]
+        rows = [{**row, "adamw_bf16": row["ratio"] / 2, "generated": 1.0} for row in rows]
         where = {"date": "2026-01-01", "cores": 2, "device": "cpu", "versions": {"torch": "2"}, "commit": None}
         return {**ratios, "bf16": ratios, "rows": rows, "settings": {"adamw_steps": steps}, "environment": where}
 
@@ -678,8 +702,8 @@ def test_latency_by_steps(scripts):
     }
     table = scripts("tables").latency_by_steps(measured(80, 24), measured(10, 4), {"shots": {"16": methods}})
     few, many = table.splitlines()[2:]
-    assert few.startswith("| 10 | 71.0 | +1.0 [+0.0, +2.0] | 4.0 | 8.0 | 4.0 | 2026-01-01")
-    assert many.startswith("| 80 | 78.0 | +1.0 [+0.0, +2.0] | 24.0 | 48.0 | 24.0 |")
+    assert few.startswith("| 10 | 71.0 | +1.0 [+0.0, +2.0] | 4.0 | 8.0 | 4.0 | 2.0 | 2026-01-01")
+    assert many.startswith("| 80 | 78.0 | +1.0 [+0.0, +2.0] | 24.0 | 48.0 | 24.0 | 12.0 |")
 
 
 def test_the_way_to_all_rows(scripts):

@@ -136,6 +136,8 @@ class Method:
 
     trained = False
     conditional = False
+    from_recordings = False  # is trained on recorded adapters
+    requires: tuple[str, ...] = ()  # packages beyond those of the benchmarks
     full_data = False  # gets all training rows of the task, once, in the place of the support sets: a ceiling
     most_draws: int | None = None  # support sets of a task, where one costs minutes; the first ones
     fitted_as: str | None = None  # the name of another method whose training this one shares

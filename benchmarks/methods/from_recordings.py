@@ -23,6 +23,7 @@ class FromRecordings(Method):
 
     trained = True
     conditional = True
+    from_recordings = True
     learning_rate = 1e-3
     weight_decay = 0.0
 
@@ -43,7 +44,7 @@ class FromRecordings(Method):
 
     def fit(self, training: Training) -> dict[str, Tensor]:
         if training.recordings is None:
-            raise SystemExit(f"{type(self).__name__} learns from recorded adapters: give --trajectories FOLDER.")
+            raise ValueError(f"{type(self).__name__} learns from recorded adapters; the training has none.")
         setting, (names, paths) = training.setting, training.recordings
         scale = setting.policy.scale
         known = [i for i, name in enumerate(names) if name in training.sampler.rows]

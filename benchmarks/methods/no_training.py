@@ -83,6 +83,7 @@ class SetFit(Method):
     """
 
     most_draws = 1
+    requires = ("setfit", "sentence_transformers")
 
     def __init__(self, max_steps: int = 100) -> None:
         self.max_steps = max_steps

@@ -53,6 +53,8 @@ class LoraHub(Method):
     not factors, which has no cross terms.
     """
 
+    requires = ("cma",)
+
     def __init__(self, adapters: int = 20, evaluations: int = 40) -> None:
         self.adapters, self.evaluations = adapters, evaluations
 
