@@ -17,7 +17,7 @@ METHODS: dict[str, Method] = {
     "adamw_10": AdamW(10, 1e-3),
     "adamw_30": AdamW(30, 1e-3),
     "adamw_80": AdamW(80, 1e-3),
-    "eva_80": AdamW(80, 1e-3, init="eva"),
+    "eva_80": AdamW(80, 1e-3, init="eva", most_draws=1),
     "setfit": SetFit(),
     "mean": Mean(),
     "nearest": Nearest(),

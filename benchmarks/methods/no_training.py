@@ -51,8 +51,8 @@ def logistic_head(embeddings: Tensor, examples: Examples) -> Head:
 class AdamW(Method):
     """A LoRA trained on the support set, from PEFT's default start or from EVA's."""
 
-    def __init__(self, steps: int, learning_rate: float, init: str = "default") -> None:
-        self.steps, self.learning_rate, self.init = steps, learning_rate, init
+    def __init__(self, steps: int, learning_rate: float, init: str = "default", most_draws: int | None = None) -> None:
+        self.steps, self.learning_rate, self.init, self.most_draws = steps, learning_rate, init, most_draws
 
     def adapt(self, setting: Setting, tensors: dict[str, Tensor], support: Support, told=None) -> Adapted:
         encoder = setting.encoder
