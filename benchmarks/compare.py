@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -34,7 +34,7 @@ from setting import (
     write_json,
 )
 from sklearn.metrics import accuracy_score, f1_score
-from splits import NEW_DOMAINS, SPLITS, split_of
+from splits import NEW_DOMAINS, SPLITS, families, split_of
 from text_suite import load_tasks
 
 from lohp_peft.tasks import draw
@@ -168,11 +168,15 @@ def order_of(key: str) -> tuple[int, str]:
 
 
 def summarise(
-    tasks: dict[str, dict[str, Any]], found: Sequence[str], shots: int, ours: Sequence[str] = ("ours", "ours_steps")
+    tasks: dict[str, dict[str, Any]],
+    found: Sequence[str],
+    shots: int,
+    ours: Sequence[str] = ("ours", "ours_steps"),
+    of: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """By method (and control): means over tasks and seeds, and each of ours minus it, paired by task, with its interval.
+    """By method (and control): means over tasks and seeds, and each of ours minus it, paired by task, with its intervals.
 
-    A method with fewer draws than the others is paired with ours on these.
+    `of` tells the family of a task, for the interval over families. A method with fewer draws than the others is paired with ours on these.
     """
     grouped: dict[str, list[str]] = {}
     for key in found:
@@ -205,7 +209,8 @@ def summarise(
         for mine in (mine for mine in ours if mine in grouped and mine != name):
             each = [a - b for a, b in zip(accuracy_of(grouped[mine], draws), accuracy, strict=True)]
             better = sum(difference > 0 for difference in each)
-            made[name][f"{mine}_minus_it"] = {**with_interval(each), "tasks_better": better}
+            families = [of[task] for task in tasks] if of else None
+            made[name][f"{mine}_minus_it"] = {**with_interval(each, families), "tasks_better": better}
     return made
 
 
@@ -309,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for target in sorted((options.work / "fits").glob("*.safetensors"))
             if (tensors := load_file(target))
         },
-        "shots": {str(shots): summarise(tasks, found, shots) for shots in numbers},
+        "shots": {str(shots): summarise(tasks, found, shots, of=families()) for shots in numbers},
         "new_domains": {str(shots): summarise(domains, found, shots) for shots in numbers} if domains else {},
         "tasks": {name: {key: task[key] for key in found} for name, task in tasks.items()},
     }

@@ -4,9 +4,18 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from rendering import CONTRASTS, NAMES, interval, percent, share, signed, table, where, with_error
-
-OURS = ("ours", "ours_steps")
+from rendering import (
+    CONTRASTS,
+    NAMES,
+    interval,
+    over_families,
+    percent,
+    share,
+    signed,
+    table,
+    where,
+    with_error,
+)
 
 
 def _title(name: str) -> str:
@@ -53,17 +62,22 @@ def headline(compared: Mapping[str, Any], transferred: Mapping[str, Any], contra
 
 def _methods(title: str, methods: Mapping[str, Any]) -> str:
     """One row a method."""
+    of_families = any("families" in row.get("ours_minus_it", {}) for row in methods.values())
     rows = [
         (
             _title(name) + _seeds(row),
             percent(row["accuracy"]),
             percent(row["macro_f1"]),
-            *(interval(row.get(f"{ours}_minus_it")) for ours in OURS),
+            interval(row.get("ours_minus_it")),
+            *([over_families(row.get("ours_minus_it"))] if of_families else []),
+            interval(row.get("ours_steps_minus_it")),
             f"{row['seconds']:.2f}",
         )
         for name, row in methods.items()
     ]
-    header = (title, "accuracy, %", "macro F1, %", "ours minus it [95 %]", "ours steps minus it [95 %]", "seconds")
+    header = [title, "accuracy, %", "macro F1, %", "ours minus it [95 %]", "ours steps minus it [95 %]", "seconds"]
+    if of_families:
+        header.insert(4, "[95 %, families resampled]")
     return table(header, rows)
 
 

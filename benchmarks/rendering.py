@@ -65,3 +65,10 @@ def interval(difference: Mapping[str, Any] | None) -> str:
     if difference is None:
         return ""
     return f"{signed(difference['mean'])} [{signed(difference['low'])}, {signed(difference['high'])}]"
+
+
+def over_families(difference: Mapping[str, Any] | None) -> str:
+    """The interval when families of tasks are resampled; empty where there is none."""
+    if not difference or "families" not in difference:
+        return ""
+    return f"[{', '.join(map(signed, difference['families']))}]"

@@ -58,19 +58,27 @@ def environment() -> dict[str, Any]:
     }
 
 
-def bootstrap_interval(differences: Sequence[float], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean, tasks drawn with replacement."""
-    values = torch.tensor(differences, dtype=torch.float64)
+def bootstrap_interval(
+    differences: Sequence[float], groups: Sequence[str] | None = None, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the mean, tasks drawn with replacement; with `groups` these are, each with all of its tasks."""
+    found: dict[int | str, list[float]] = {}
+    for key, value in zip(groups or range(len(differences)), differences, strict=True):
+        found.setdefault(key, []).append(value)
+    total = torch.tensor([sum(values) for values in found.values()], dtype=torch.float64)
+    count = torch.tensor([len(values) for values in found.values()], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    drawn = values[torch.randint(len(values), (resamples, len(values)), generator=generator)].mean(1)
+    rows = torch.randint(len(total), (resamples, len(total)), generator=generator)
+    drawn = total[rows].sum(1) / count[rows].sum(1)
     low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
-def with_interval(values: Sequence[float]) -> dict[str, float]:
-    """Their mean, and its bootstrap interval."""
+def with_interval(values: Sequence[float], families: Sequence[str] | None = None) -> dict[str, Any]:
+    """Their mean, and its bootstrap intervals over tasks and over their families."""
     low, high = bootstrap_interval(values)
-    return {"mean": fmean(values), "low": low, "high": high}
+    over = {"families": list(bootstrap_interval(values, families))} if families else {}
+    return {"mean": fmean(values), "low": low, "high": high, **over}
 
 
 def check_settings(work: Path, settings: Mapping[str, Any]) -> None:

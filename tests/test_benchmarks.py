@@ -297,6 +297,7 @@ def test_compare(compare, scripts, subject, tmp_path, capsys):
     ours = [fmean(task["ours/0/4/"]["per_draw"]) for task in result["tasks"].values()]
     mean = [fmean(task["mean/0/4/"]["per_draw"]) for task in result["tasks"].values()]
     assert rows["mean"]["ours_minus_it"]["mean"] == pytest.approx(fmean(ours) - fmean(mean))
+    assert len(rows["mean"]["ours_minus_it"]["families"]) == 2
 
     # what is there is not run again, what is asked for in addition is
     before = (tmp_path / "work" / "fits" / "multi_task-1.safetensors").stat().st_mtime_ns
@@ -586,6 +587,11 @@ def test_bootstrap_interval(scripts):
     low, high = setting.bootstrap_interval(values)
     assert low < fmean(values) < high
     assert high - low == pytest.approx(4 * 0.5 / 10, rel=0.3)  # about four standard errors
+    # of tasks that go together there are fewer to count
+    groups = [str(i // 4) for i in range(100)]
+    grouped = setting.bootstrap_interval([values[i // 4] for i in range(100)], groups)
+    assert grouped == pytest.approx(setting.bootstrap_interval(values[:25]))
+    assert setting.with_interval([1.0, 1.0, 4.0], ["a", "a", "b"])["families"] == pytest.approx([1.0, 4.0])
 
 
 def test_run_starts_only_what_is_missing(scripts, tmp_path, capsys):
@@ -607,10 +613,15 @@ def test_results_are_those_of_the_commands(scripts, suite):
     """What `make bench` runs is what the committed results were measured with."""
     script, *arguments = scripts("run").SUITES[suite]
     options = vars(scripts(script.removesuffix(".py")).parse(arguments))
-    settings = json.loads((BENCHMARKS / "results" / f"{suite}.json").read_text())["settings"]
+    result = json.loads((BENCHMARKS / "results" / f"{suite}.json").read_text())
+    settings = result["settings"]
     shared = settings.keys() & options.keys() - {"policy", "threads"}
     assert len(shared) > 1
     assert {key: settings[key] for key in shared} == {key: as_json(options[key]) for key in shared}
+    if suite == "warm_start":
+        assert set(result["starts"]) == set(options["starts"])
+    if suite == "compare":
+        assert set(options["methods"]) <= set(result["shots"]["16"])
 
 
 def as_json(value):
