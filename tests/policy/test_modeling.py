@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,8 +143,9 @@ def test_round_trip_bit_for_bit(policy, features, tmp_path):
 
 
 def test_a_policy_without_reference_set(policy, tmp_path):
-    policy.reference_set = None
     policy.save_pretrained(tmp_path)
+    policy.reference_set = None
+    policy.save_pretrained(tmp_path)  # nor does it take that of the policy before it
     assert LoHpPolicy.from_pretrained(tmp_path).reference_set is None
 
 
@@ -162,6 +165,50 @@ def test_damaged_files_are_named(policy, tmp_path, name):
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=name):
+        LoHpPolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("failing", range(1, 5))
+def test_a_mixture_of_two_policies_is_refused(policy, encoder, tasks, tmp_path, monkeypatch, failing):
+    """A save over another policy that breaks off leaves that policy or what is noticed, wherever it does."""
+    policy.save_pretrained(tmp_path)
+    other = build_policy(encoder, tasks[:2], size=0.4)
+    other.set_space(CoreSpace(policy.layout, 2, *([x.flip(1) for x in side] for side in bases_of(policy.space))))
+    replaced, replace = [], os.replace
+
+    def flaky(source, target):
+        if len(replaced) + 1 == failing:
+            raise OSError("disk trouble")
+        replaced.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", flaky)
+    with pytest.raises(OSError, match="disk trouble"):
+        other.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    if not replaced:
+        assert LoHpPolicy.from_pretrained(tmp_path).space.input_basis(0).equal(policy.space.input_basis(0))
+    else:
+        with pytest.raises(ValueError, match="was not saved with its config.json; save or fetch"):
+            LoHpPolicy.from_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    assert LoHpPolicy.from_pretrained(tmp_path).space.input_basis(0).equal(other.space.input_basis(0))
+
+
+def bases_of(space):
+    count = len(space.layout.modules)
+    return [[basis(i) for i in range(count)] for basis in (space.input_basis, space.output_basis)]
+
+
+def test_policies_without_digests_still_load(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert sorted(config.pop("digests")) == [f"{name}.safetensors" for name in ("model", "reference_set", "space")]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "reference_set.safetensors").unlink()
+    assert LoHpPolicy.from_pretrained(tmp_path).reference_set is None
+    (tmp_path / "config.json").write_text(json.dumps({**config, "digests": []}))
+    with pytest.raises(ValueError, match="`digests` in config.json must be an object, got list"):
         LoHpPolicy.from_pretrained(tmp_path)
 
 
