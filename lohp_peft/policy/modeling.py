@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,7 +73,7 @@ class LoHpPolicy(PreTrainedModel):
         for name, shape in {**shapes, "module_std": (modules, f)}.items():
             self.feature_reference.register_buffer(name, torch.ones(shape))
         self._space: WeightSpace | None = None
-        self.reference_set: ReferenceSet | None = None
+        self._reference_set: ReferenceSet | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -89,6 +89,20 @@ class LoHpPolicy(PreTrainedModel):
         if self._space is None:
             raise RuntimeError("This policy has no weight space yet; call `set_space` first.")
         return self._space
+
+    @property
+    def reference_set(self) -> ReferenceSet | None:
+        """The training tasks, on the policy's device wherever that is moved to."""
+        return self._reference_set
+
+    @reference_set.setter
+    def reference_set(self, reference: ReferenceSet | None) -> None:
+        self._reference_set = None if reference is None else reference.to(self.scale.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoHpPolicy":
+        super()._apply(fn, recurse)
+        self.reference_set = self._reference_set
+        return self
 
     @property
     def layout(self) -> AdapterLayout:

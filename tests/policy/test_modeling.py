@@ -10,6 +10,7 @@ from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import CoreSpace, LoraBSpace
 from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, rollout
 from lohp_peft.policy.networks import ItemDropout
+from lohp_peft.policy.reference_set import FEATURES
 from lohp_peft.tasks import TaskFeatures, TextEncoder
 from tiny import build_encoder, build_policy, features_of
 
@@ -166,6 +167,25 @@ def test_damaged_files_are_named(policy, tmp_path, name):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=name):
         LoHpPolicy.from_pretrained(tmp_path)
+
+
+def test_the_reference_set_is_where_the_policy_is(policy):
+    """The meta device stands in for an accelerator."""
+    reference, kind = policy.reference_set, torch.device("meta")
+    policy.to(kind)
+    moved = policy.reference_set
+    assert {moved.states.device, *(getattr(moved.features, name).device for name in FEATURES)} == {kind}
+    assert (moved.names, moved.families) == (reference.names, reference.families)
+    policy.reference_set = reference
+    assert policy.reference_set.states.device == kind
+    policy.reference_set = None
+    assert policy.to(kind).reference_set is None
+
+
+def test_a_change_of_type_leaves_the_reference_set_alone(policy):
+    states = policy.reference_set.states
+    assert policy.double().reference_set.states.equal(states)
+    assert policy.scale.dtype == torch.float64
 
 
 @pytest.mark.parametrize("failing", range(1, 5))
