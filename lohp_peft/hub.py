@@ -263,11 +263,12 @@ def check_fingerprint(folder: str | os.PathLike, base_model: nn.Module) -> None:
         )
 
 
-def find_policy(name: str | os.PathLike) -> Path:
+def find_policy(name: str | os.PathLike, *, token: str | None = None) -> Path:
     """The local folder of a policy.
 
     Args:
         name: `"shipped"` for the policy in this package, a folder, or `owner/name@commit` for the Hub.
+        token: See `pull_folder`.
 
     Raises:
         ValueError: When it is none of them, or the commit is missing.
@@ -281,7 +282,7 @@ def find_policy(name: str | os.PathLike) -> Path:
         return Path(name)
     repo_id, _, revision = str(name).partition("@")
     if "/" in repo_id and is_hub_id(repo_id):
-        return pull_folder(repo_id, revision=revision)
+        return pull_folder(repo_id, revision=revision, token=token)
     raise ValueError(
         f"Policy {str(name)!r} is none of: {', '.join(map(repr, SHIPPED_POLICIES))}, an existing folder, owner/name@commit."
     )

@@ -250,7 +250,12 @@ class LoHpPolicy(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, revision: str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        revision: str | None = None,
+        token: str | None = None,
+        **kwargs: Any,
     ) -> "LoHpPolicy":
         """Load a policy: a folder, `"shipped"`, or one on the Hub at a pinned `revision`.
 
@@ -258,13 +263,15 @@ class LoHpPolicy(PreTrainedModel):
             pretrained_model_name_or_path: See `lohp_peft.hub.find_policy`.
             *args: See `PreTrainedModel.from_pretrained`.
             revision: Commit hash on the Hub, or write `owner/name@commit`.
+            token: Access token of the Hub; the stored login by default.
             **kwargs: See `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: When files or tensors are missing, damaged or of another policy, naming them.
+            ValueError: When files or tensors are missing, damaged or of another policy, naming them; or when the policy would
+                be in half precision.
         """
         name = str(pretrained_model_name_or_path)
-        folder = find_policy(name if revision is None or Path(name).is_dir() else f"{name}@{revision}")
+        folder = find_policy(name if revision is None or Path(name).is_dir() else f"{name}@{revision}", token=token)
         missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE, SPACE_FILE) if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder} is not a policy folder: it lacks {missing}.")
@@ -281,6 +288,10 @@ class LoHpPolicy(PreTrainedModel):
             policy = super().from_pretrained(folder, *args, config=config, use_safetensors=True, **kwargs)
             for tensor in (*policy.parameters(), *policy.buffers()):
                 tensor.data = tensor.data.clone()  # out of the mapped file, whose alignment would change the last bits
+            half = {x.dtype for x in policy.state_dict().values()} & {torch.float16, torch.bfloat16}
+            if half:
+                types = ", ".join(sorted(map(str, half)))
+                raise ValueError(f"a policy computes in float32 or wider, got {types}; pass dtype=torch.float32")
             policy.set_space(space)
             if (folder / REFERENCE_FILE).is_file():
                 policy.reference_set = ReferenceSet.from_tensors(*read_tensors(folder / REFERENCE_FILE))

@@ -188,6 +188,22 @@ def test_a_change_of_type_leaves_the_reference_set_alone(policy):
     assert policy.scale.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, "bfloat16"])
+def test_half_precision_is_refused(policy, tmp_path, dtype):
+    policy.save_pretrained(tmp_path)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=f"float32 or wider, got torch.{kind}; pass dtype=torch.float32"):
+        LoHpPolicy.from_pretrained(tmp_path, dtype=dtype)
+
+
+def test_a_policy_saved_in_half_precision_can_be_widened(policy, features, tmp_path):
+    policy.bfloat16().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="float32 or wider, got torch.bfloat16"):
+        LoHpPolicy.from_pretrained(tmp_path)
+    loaded = LoHpPolicy.from_pretrained(tmp_path, dtype=torch.float32)
+    assert rollout(loaded, features).equal(rollout(policy.float(), features))
+
+
 @pytest.mark.parametrize("failing", range(1, 5))
 def test_a_mixture_of_two_policies_is_refused(policy, encoder, tasks, tmp_path, monkeypatch, failing):
     """A save over another policy that breaks off leaves that policy or what is noticed, wherever it does."""
