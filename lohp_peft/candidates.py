@@ -176,7 +176,7 @@ class CandidateSet:
         optimizer = None
         if self.config.optimizer is not None:
             index = self.policy.config.optimizers.index(self.config.optimizer) + 1
-            optimizer = torch.full((len(self.sizes),), index)
+            optimizer = torch.full((len(self.sizes),), index, device=self.policy.scale.device)
         # One generator a task, so that a task's rollouts do not depend on the others in the batch.
         generators = [torch.Generator().manual_seed(self.config.seed + salt) for _ in self.sizes]
         return rollout(

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from lohp_peft.adapters import base_model_fingerprint
-from lohp_peft.cards import is_hub_id, write_adapter_card, write_policy_card, write_trajectory_card
+from lohp_peft.cards import is_hub_id, public_base_model, write_adapter_card, write_policy_card, write_trajectory_card
 from lohp_peft.files import read_json
 
 __all__ = [
@@ -35,7 +35,8 @@ PICKLE_SUFFIXES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt"
 SHIPPED_POLICIES = {"shipped": "minilm-text"}
 """Policies inside the package, by the name that finds them."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_LEFT_OUT = re.compile(r"checkpoint(-\d+)?|\.lock|\.cache")
+_LEFT_OUT = re.compile(r"checkpoint(-\d+)?|log\.jsonl|runs|trajectory_snapshots|\.lock|\.cache")
+"""What training leaves beside its result: states to resume from, logs of reporters, recordings on the way."""
 _EMPTY_CARD = "# Model Card for Model ID"
 _FINGERPRINT_FILES = ("lohp_provenance.json", "manifest.json", "config.json")
 _WRITE_CARD: dict[str, Callable[..., Path]] = {
@@ -73,14 +74,16 @@ class PushReport:
 def check_folder(folder: str | os.PathLike) -> tuple[str, dict[str, int]]:
     """Check that `folder` is an adapter, a policy or a trajectory data set and holds nothing else.
 
-    Folders named `checkpoint` or `checkpoint-<number>`, the state for resuming a run, `.lock` and `.cache` are left out.
+    What training leaves beside its result is left out: `checkpoint` and `checkpoint-<number>`, `log.jsonl`, `runs`,
+    `trajectory_snapshots`, `.lock` and `.cache`.
 
     Returns:
         Its kind and the size of every file that is to be published in bytes, by relative path.
 
     Raises:
         ValueError: Naming every file that is neither safetensors, JSON nor Markdown, every link and hidden file; when
-            the kind cannot be told or what tells it is damaged; or when the base model is named by a path of this machine.
+            the kind cannot be told or what tells it is damaged; or when the base model is named by a path of this machine
+            and no generation has recorded its repository.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -106,11 +109,12 @@ def check_folder(folder: str | os.PathLike) -> tuple[str, dict[str, int]]:
             f"Only {allowed} files are published, but {folder} also holds {len(problems)} others: "
             f"{', '.join(problems)}. Remove them or publish another folder."
         )
-    kind, base_model = _kind(folder, sizes)
+    kind, file, key = _kind(folder, sizes)
+    base_model = public_base_model(folder) if kind == "adapter" else read_json(folder / file).get(key)
     if base_model and not is_hub_id(base_model):
         raise ValueError(
             f"The {kind} in {folder} names its base model by a local path, which nobody else has: {base_model!r}. "
-            "Name the repository id of the base model instead."
+            f"Write the repository id of the base model into `{key}` of {file} instead."
         )
     return kind, sizes
 
@@ -128,6 +132,7 @@ def push_folder(
 ) -> PushReport:
     """Publish an adapter, a policy or recorded trajectories, with a card where there is none but PEFT's empty one.
 
+    An adapter that was generated for a base model from a local folder names the policy's base model from here on.
     Afterwards the branch holds the folder: safetensors and JSON files of before that it lacks are removed.
 
     Args:
@@ -154,6 +159,9 @@ def push_folder(
     repo_type = "dataset" if kind == "trajectories" else "model"
     if dry_run:
         return PushReport(repo_id, repo_type, kind, sizes)
+    if kind == "adapter":
+        public_base_model(folder, write=True)
+        sizes = {name: (Path(folder) / name).stat().st_size for name in sizes}
     card = Path(folder) / "README.md"
     if not card.exists() or _EMPTY_CARD in card.read_text(encoding="utf-8"):
         _WRITE_CARD[kind](folder, name=repo_id.split("/")[1], location=repo_id, license=license)
@@ -255,11 +263,12 @@ def check_fingerprint(folder: str | os.PathLike, base_model: nn.Module) -> None:
         )
 
 
-def find_policy(name: str | os.PathLike) -> Path:
+def find_policy(name: str | os.PathLike, *, token: str | None = None) -> Path:
     """The local folder of a policy.
 
     Args:
         name: `"shipped"` for the policy in this package, a folder, or `owner/name@commit` for the Hub.
+        token: See `pull_folder`.
 
     Raises:
         ValueError: When it is none of them, or the commit is missing.
@@ -273,7 +282,7 @@ def find_policy(name: str | os.PathLike) -> Path:
         return Path(name)
     repo_id, _, revision = str(name).partition("@")
     if "/" in repo_id and is_hub_id(repo_id):
-        return pull_folder(repo_id, revision=revision)
+        return pull_folder(repo_id, revision=revision, token=token)
     raise ValueError(
         f"Policy {str(name)!r} is none of: {', '.join(map(repr, SHIPPED_POLICIES))}, an existing folder, owner/name@commit."
     )
@@ -365,18 +374,14 @@ def _told_clearly(what: str) -> Iterator[None]:
         raise RuntimeError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def _kind(folder: Path, sizes: dict[str, int]) -> tuple[str, Any]:
-    """The kind of a folder and the name of its base model."""
+def _kind(folder: Path, sizes: dict[str, int]) -> tuple[str, str, str]:
+    """The kind of a folder, and the file and the key in it that name its base model."""
     if "adapter_config.json" in sizes:
-        return "adapter", read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if "manifest.json" in sizes:
-        manifest = read_json(folder / "manifest.json")
-        if manifest.get("format") == "lohp_peft.trajectories":
-            return "trajectories", manifest.get("base_model_name")
-    if "config.json" in sizes:
-        config = read_json(folder / "config.json")
-        if str(config.get("model_type", "")).startswith("lohp"):
-            return "policy", config.get("base_model_name")
+        return "adapter", "adapter_config.json", "base_model_name_or_path"
+    if "manifest.json" in sizes and read_json(folder / "manifest.json").get("format") == "lohp_peft.trajectories":
+        return "trajectories", "manifest.json", "base_model_name"
+    if "config.json" in sizes and str(read_json(folder / "config.json").get("model_type", "")).startswith("lohp"):
+        return "policy", "config.json", "base_model_name"
     raise ValueError(
         f"{folder} is neither an adapter (adapter_config.json), a policy (config.json with a model_type of lohp) "
         "nor recorded trajectories (manifest.json)."

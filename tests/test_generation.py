@@ -12,7 +12,7 @@ from transformers import BertTokenizer
 from lohp_peft import LoHpConfig, candidates
 from lohp_peft.candidates import Candidate, GenerationConfig, _decide
 from lohp_peft.generation import generate_adapter, generate_adapters
-from lohp_peft.tasks import Examples, calibrated_cross_entropy, solve_head
+from lohp_peft.tasks import Examples, TaskFeatures, calibrated_cross_entropy, solve_head
 from tiny import WORDS, build_base_model, build_encoder, build_policy, build_task
 
 TASKS = [
@@ -331,6 +331,16 @@ def test_an_imitated_optimizer_changes_the_adapter(generate):
     )
     assert not plain.equal(adamw)
     assert not adamw.equal(sam)
+
+
+def test_an_imitated_optimizer_is_told_on_the_policys_device(policy, encoder, monkeypatch):
+    """The meta device stands in for an accelerator; it alone would look up an index of another device."""
+    job = candidates.CandidateSet(policy, encoder, SUPPORTS[:2], GenerationConfig(optimizer="sam"))
+    features = TaskFeatures.stack([job.features(i) for i in range(2)]).map(lambda part: part.to("meta"))
+    job.policy, told = copy.deepcopy(policy).to("meta"), []
+    rollout = candidates.rollout
+    monkeypatch.setattr(candidates, "rollout", lambda *a, **k: told.append(k["optimizer"]) or rollout(*a, **k))
+    assert job.rollout(features).device == told[0].device == torch.device("meta")
 
 
 def test_a_peft_model_gives_what_its_base_model_gives(generate, policy, encoder):

@@ -228,13 +228,12 @@ def provenance_of(
     """
     policy = report["policy"]
     name, _, revision = str(policy_name or policy["name"] or "in memory").partition("@")
-    if Path(name).is_absolute() or Path(name).exists():
-        name = Path(name).name  # where it lies on this machine is nobody's business
     scores = {c["name"]: _finite(c["score"]) for c in report["candidates"]}
     provenance = {
-        "policy": name,
+        "policy": _without_path(name),
         "revision": revision or None,
         "preset": policy["preset"],
+        "base_model": _without_path(policy["base_model"]),
         "base_fingerprint": policy["base_fingerprint"],
         "seed": report["config"]["seed"],
         "policy_steps": report["policy_steps"],
@@ -251,6 +250,11 @@ def provenance_of(
     if report["abstained"]:
         provenance["reason"] = report["reason"].rstrip(".")
     return provenance
+
+
+def _without_path(name: str) -> str:
+    """A folder's own name: where it lies on this machine is nobody's business."""
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def _finite(score: float | None) -> float | None:

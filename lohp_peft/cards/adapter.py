@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lohp_peft import files
 from lohp_peft.cards.markdown import (
     base_link,
     entries_table,
@@ -16,6 +17,10 @@ from lohp_peft.cards.markdown import (
     score_table,
 )
 
+ADAPTER_FILE = "adapter_config.json"
+BASE_KEY = "base_model_name_or_path"
+"""Where PEFT keeps an adapter's configuration, and in it the name of the base model."""
+PROVENANCE_FILE = "lohp_provenance.json"
 _POOLING = {
     "mean": """mask = batch["attention_mask"].unsqueeze(-1)
 x = (tokens * mask).sum(1) / mask.sum(1)""",
@@ -62,7 +67,8 @@ def adapter_card(
         ValueError: When the provenance has labels that are no list, or a pooling that is unknown.
     """
     provenance = dict(provenance or {})
-    base = config.get("base_model_name_or_path")
+    config = {**config, BASE_KEY: _base_model(config, provenance)}
+    base = config[BASE_KEY]
     settings = {
         "task type": config.get("task_type"),
         "rank": config.get("r"),
@@ -114,9 +120,7 @@ def write_adapter_card(
         ValueError: When the folder holds no readable `adapter_config.json`.
     """
     folder = Path(folder)
-    config = read_json(folder, "adapter_config.json", "an adapter folder")
-    recorded = folder / "lohp_provenance.json"
-    provenance = read_json(folder, recorded.name, "an adapter folder") if recorded.exists() else {}
+    config, provenance = _read(folder)
     card = adapter_card(
         config,
         provenance,
@@ -129,6 +133,41 @@ def write_adapter_card(
     path = folder / "README.md"
     path.write_text(card, encoding="utf-8")
     return path
+
+
+def public_base_model(folder: str | os.PathLike, *, write: bool = False) -> str | None:
+    """The name of an adapter's base model, on the Hub where it is known.
+
+    A folder of this machine gives way to the policy's base model, whose fingerprint the generation has compared with it; not
+    to a name without owner, which may be that of a folder too.
+
+    Args:
+        folder: Folder with `adapter_config.json` and, where it exists, `lohp_provenance.json`.
+        write: Also put it into `adapter_config.json`.
+
+    Raises:
+        ValueError: When one of them is damaged.
+    """
+    folder = Path(folder)
+    config, provenance = _read(folder)
+    name = _base_model(config, provenance)
+    if write and name != config.get(BASE_KEY):
+        text = json.dumps({**config, BASE_KEY: name}, indent=2, sort_keys=True)  # as PEFT writes it
+        files.write_atomically(folder / ADAPTER_FILE, text.encode())
+    return name
+
+
+def _base_model(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> Any:
+    name, recorded = config.get(BASE_KEY), str(provenance.get("base_model"))
+    known = provenance.get("base_fingerprint") and "/" in recorded and is_hub_id(recorded)
+    return recorded if known and name and not is_hub_id(name) else name
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and provenance of an adapter; the latter is empty where there is none."""
+    config = read_json(folder, ADAPTER_FILE, "an adapter folder")
+    recorded = (folder / PROVENANCE_FILE).exists()
+    return config, read_json(folder, PROVENANCE_FILE, "an adapter folder") if recorded else {}
 
 
 def _how(gradient_steps: Any) -> str:

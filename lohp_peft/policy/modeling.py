@@ -1,8 +1,9 @@
 """`LoHpPolicy`: the learned optimization policy with its coordinates and its reference set."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
-from lohp_peft.files import FLOAT_TYPES, read_tensors
+from lohp_peft.files import FLOAT_TYPES, read_json, read_tensors, sha256
 from lohp_peft.hub import PushReport, find_policy, push_folder
 from lohp_peft.policy.config import CONFIG_FILE, LoHpPolicyConfig
 from lohp_peft.policy.networks import FeatureNormalizer, ForwardNetwork, ItemDropout, LogFlowNetwork
@@ -26,6 +27,8 @@ from lohp_peft.tasks.features import TaskFeatures
 WEIGHTS_FILE = "model.safetensors"
 SPACE_FILE = "space.safetensors"
 REFERENCE_FILE = "reference_set.safetensors"
+DIGESTS = "digests"
+"""Key of the configuration: the SHA-256 of each of the policy's other files. Policies saved before have none."""
 NEW_FOLDER = ".new"
 """Where a policy is written before it takes the place of an earlier one."""
 
@@ -70,7 +73,7 @@ class LoHpPolicy(PreTrainedModel):
         for name, shape in {**shapes, "module_std": (modules, f)}.items():
             self.feature_reference.register_buffer(name, torch.ones(shape))
         self._space: WeightSpace | None = None
-        self.reference_set: ReferenceSet | None = None
+        self._reference_set: ReferenceSet | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -86,6 +89,20 @@ class LoHpPolicy(PreTrainedModel):
         if self._space is None:
             raise RuntimeError("This policy has no weight space yet; call `set_space` first.")
         return self._space
+
+    @property
+    def reference_set(self) -> ReferenceSet | None:
+        """The training tasks, on the policy's device wherever that is moved to."""
+        return self._reference_set
+
+    @reference_set.setter
+    def reference_set(self, reference: ReferenceSet | None) -> None:
+        self._reference_set = None if reference is None else reference.to(self.scale.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoHpPolicy":
+        super()._apply(fn, recurse)
+        self.reference_set = self._reference_set
+        return self
 
     @property
     def layout(self) -> AdapterLayout:
@@ -189,10 +206,11 @@ class LoHpPolicy(PreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the policy folder: configuration, weights, coordinates and reference set; safetensors and JSON only.
 
-        Everything is written beside the files of an earlier policy before any of them is replaced.
+        Everything is written beside the files of an earlier policy before any of them is replaced. The configuration holds
+        digests of the others and takes its place first, so that a mixture of two policies is refused when it is read.
 
         Raises:
-            OSError: When it cannot be written; an earlier policy is still there.
+            OSError: When it cannot be written; an earlier policy is still there unless files were taking its place already.
         """
         tensors, folder = self.space.to_tensors(), Path(save_directory)
         new = folder / NEW_FOLDER
@@ -203,8 +221,14 @@ class LoHpPolicy(PreTrainedModel):
             if self.reference_set is not None:
                 tensors, metadata = self.reference_set.to_tensors()
                 save_file(tensors, new / REFERENCE_FILE, metadata)
-            for path in list(new.iterdir()):
-                os.replace(path, folder / path.name)
+            digests = {path.name: sha256(path.read_bytes()) for path in new.iterdir() if path.name != CONFIG_FILE}
+            config = json.dumps({**read_json(new / CONFIG_FILE), DIGESTS: digests}, indent=2, sort_keys=True)
+            (new / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+            os.replace(new / CONFIG_FILE, folder / CONFIG_FILE)
+            if REFERENCE_FILE not in digests:
+                (folder / REFERENCE_FILE).unlink(missing_ok=True)
+            for name in digests:
+                os.replace(new / name, folder / name)
         except SafetensorError as error:
             raise OSError(f"Cannot write the policy to {folder}: {error}.") from error
         finally:
@@ -226,7 +250,12 @@ class LoHpPolicy(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, revision: str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        revision: str | None = None,
+        token: str | None = None,
+        **kwargs: Any,
     ) -> "LoHpPolicy":
         """Load a policy: a folder, `"shipped"`, or one on the Hub at a pinned `revision`.
 
@@ -234,13 +263,15 @@ class LoHpPolicy(PreTrainedModel):
             pretrained_model_name_or_path: See `lohp_peft.hub.find_policy`.
             *args: See `PreTrainedModel.from_pretrained`.
             revision: Commit hash on the Hub, or write `owner/name@commit`.
+            token: Access token of the Hub; the stored login by default.
             **kwargs: See `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: When files or tensors are missing or damaged, naming them.
+            ValueError: When files or tensors are missing, damaged or of another policy, naming them; or when the policy would
+                be in half precision.
         """
         name = str(pretrained_model_name_or_path)
-        folder = find_policy(name if revision is None or Path(name).is_dir() else f"{name}@{revision}")
+        folder = find_policy(name if revision is None or Path(name).is_dir() else f"{name}@{revision}", token=token)
         missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE, SPACE_FILE) if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder} is not a policy folder: it lacks {missing}.")
@@ -257,10 +288,15 @@ class LoHpPolicy(PreTrainedModel):
             policy = super().from_pretrained(folder, *args, config=config, use_safetensors=True, **kwargs)
             for tensor in (*policy.parameters(), *policy.buffers()):
                 tensor.data = tensor.data.clone()  # out of the mapped file, whose alignment would change the last bits
+            half = {x.dtype for x in policy.state_dict().values()} & {torch.float16, torch.bfloat16}
+            if half:
+                types = ", ".join(sorted(map(str, half)))
+                raise ValueError(f"a policy computes in float32 or wider, got {types}; pass dtype=torch.float32")
             policy.set_space(space)
             if (folder / REFERENCE_FILE).is_file():
                 policy.reference_set = ReferenceSet.from_tensors(*read_tensors(folder / REFERENCE_FILE))
                 _check_reference(policy, policy.reference_set)
+            _check_digests(folder)
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"The policy in {folder} cannot be loaded: {error}") from error
         return policy.eval()
@@ -277,6 +313,20 @@ def _check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
     differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if differ:
         raise ValueError(f"{WEIGHTS_FILE} does not fit {CONFIG_FILE}, shapes (found, expected): {differ}")
+
+
+def _check_digests(folder: Path) -> None:
+    """Make sure that a folder's files were saved together."""
+    recorded = read_json(folder / CONFIG_FILE).get(DIGESTS)
+    if recorded is None:
+        return
+    if not isinstance(recorded, dict):
+        raise ValueError(f"`{DIGESTS}` in {CONFIG_FILE} must be an object, got {type(recorded).__name__}")
+    paths = [folder / name for name in (WEIGHTS_FILE, SPACE_FILE, REFERENCE_FILE)]
+    found = {path.name: sha256(path.read_bytes()) for path in paths if path.is_file()}
+    wrong = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} was not saved with its {CONFIG_FILE}; save or fetch the policy again")
 
 
 def _check_reference(policy: LoHpPolicy, reference: ReferenceSet) -> None:

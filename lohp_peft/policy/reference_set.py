@@ -40,6 +40,15 @@ class ReferenceSet:
                 f"A reference set of {len(self.names)} tasks needs as many entries in each part, got {wrong}."
             )
 
+    def to(self, device: torch.device | str) -> "ReferenceSet":
+        """The same tasks on another device.
+
+        Args:
+            device: The device.
+        """
+        moved = self.features.map(lambda part: part.to(device))
+        return ReferenceSet(self.names, self.families, self.states.to(device), moved)
+
     def mean_state(self) -> Tensor:
         """The average adapter, shape (modules, width)."""
         return self.states.mean(0)

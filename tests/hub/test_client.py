@@ -352,6 +352,16 @@ def test_no_rights_to_read(hub, made):
         pull_folder("me/secret", revision="1" * 40)
 
 
+def test_a_private_policy_is_fetched_with_the_token_that_is_given(hub, policy, monkeypatch):
+    commit = policy.push_to_hub("me/secret", private=True).commit
+    monkeypatch.setenv("HF_TOKEN", "token-of-nobody")
+    for given in ({}, {"token": "token-of-you"}):
+        with pytest.raises(RuntimeError, match="Repository Not Found"):
+            LoHpPolicy.from_pretrained("me/secret", revision=commit, **given)
+    loaded = LoHpPolicy.from_pretrained("me/secret", revision=commit, token="token-of-me")
+    assert torch.equal(loaded.scale, policy.scale)
+
+
 def test_a_card_that_the_hub_finds_invalid(hub, made, tmp_path):
     made.save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "README.md").write_text("---\ntags: 3\n---\n")

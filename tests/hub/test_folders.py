@@ -4,8 +4,13 @@ import json
 
 import pytest
 import torch
+from peft import AutoPeftModelForFeatureExtraction, LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from transformers import BertForSequenceClassification, BertModel
 
+import tiny_world as tiny
+from hub.conftest import BASE as TINY
+from lohp_peft import GenerationConfig, LoHpConfig, initialize_lohp_weights, to_plain_lora
 from lohp_peft.hub import check_folder, find_policy, find_trajectories, pull_folder, push_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -33,6 +38,11 @@ def test_resume_state_is_left_out(tmp_path, hub):
     (folder / "checkpoint").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "lohp_policy", "base_model_name": BASE}))
     (folder / "checkpoint" / "random_states.pkl").write_bytes(b"")
+    (folder / "log.jsonl").write_text("{}")
+    (folder / "runs" / "today").mkdir(parents=True)
+    (folder / "runs" / "today" / "events.out.tfevents").write_bytes(b"")
+    (folder / "trajectory_snapshots").mkdir()
+    (folder / "trajectory_snapshots" / "0.pt").write_bytes(b"")
     (folder / ".cache" / "huggingface").mkdir(parents=True)
     (folder / ".cache" / "huggingface" / "config.json.metadata").write_text("")
     report = push_folder(folder, "me/policy")
@@ -54,18 +64,85 @@ def test_unsafe_files_are_all_named(adapter, tmp_path, hub):
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
+    ("file", "key", "kind"),
     [
-        ("adapter_config.json", {"base_model_name_or_path": "{folder}"}),
-        ("manifest.json", {"format": "lohp_peft.trajectories", "base_model_name": "{folder}"}),
-        ("config.json", {"model_type": "lohp_policy", "base_model_name": "{folder}"}),
+        ("adapter_config.json", "base_model_name_or_path", {}),
+        ("manifest.json", "base_model_name", {"format": "lohp_peft.trajectories"}),
+        ("config.json", "base_model_name", {"model_type": "lohp_policy"}),
     ],
 )
-def test_local_base_model_is_refused(tmp_path, file, content):
-    content = {key: value.format(folder=tmp_path) for key, value in content.items()}
-    (tmp_path / file).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="local path"):
+def test_local_base_model_is_refused(tmp_path, file, key, kind):
+    (tmp_path / file).write_text(json.dumps({**kind, key: str(tmp_path)}))
+    with pytest.raises(ValueError, match=f"local path.* repository id of the base model into `{key}` of {file}"):
         check_folder(tmp_path)
+
+
+# Adapters of a base model that was loaded from a folder
+
+
+@pytest.fixture
+def base_folder(tmp_path, base_model):
+    base_model.save_pretrained(tmp_path / "base")
+    tiny.build_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def generate(base_folder, policy, cls=BertModel, task_type="FEATURE_EXTRACTION"):
+    policy.save_pretrained(base_folder.parent / "policy")
+    config = LoHpConfig(policy=str(base_folder.parent / "policy"), task_type=task_type)
+    model = get_peft_model(cls.from_pretrained(base_folder), config)
+    model.generate_adapter(tiny.build_rows(), config=GenerationConfig(choose=False))
+    return model
+
+
+def initialize(base_folder, policy):
+    model = get_peft_model(BertModel.from_pretrained(base_folder), LoraConfig(r=2, target_modules=["query", "value"]))
+    initialize_lohp_weights(model, policy, tiny.build_rows())
+    return model
+
+
+def classify(base_folder, policy):
+    return generate(base_folder, policy, BertForSequenceClassification, "SEQ_CLS")
+
+
+@pytest.mark.parametrize("make", [generate, lambda *a: to_plain_lora(generate(*a)), initialize, classify])
+def test_a_generated_adapter_is_published_with_the_base_model_of_its_policy(hub, base_folder, policy, tmp_path, make):
+    """Until then it names the folder, from which `AutoPeftModel` and its like load it without a network."""
+    folder = tmp_path / "adapter"
+    make(base_folder, policy).save_pretrained(folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert push_folder(folder, "me/my-task", dry_run=True).kind == "adapter"
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert json.loads(before[folder / "adapter_config.json"])["base_model_name_or_path"] == str(base_folder)
+    report = push_folder(folder, "me/my-task")
+    sent = hub.files("me/my-task")
+    assert {name: len(data) for name, data in sent.items() if name != ".gitattributes"} == report.files
+    written = {**json.loads(before[folder / "adapter_config.json"]), "base_model_name_or_path": TINY}
+    assert json.loads(sent["adapter_config.json"]) == written
+    card = sent["README.md"].decode()
+    assert f"base_model: {TINY}" in card
+    assert str(base_folder) not in card
+
+
+def test_peft_finds_the_base_model_of_a_published_adapter(hub, base_folder, policy, tmp_path):
+    model = generate(base_folder, policy)
+    model.save_pretrained(tmp_path / "adapter")
+    hub.publish(TINY, {path.name: path.read_bytes() for path in base_folder.iterdir()})
+    commit = push_folder(tmp_path / "adapter", "me/my-task").commit
+    batch = tiny.build_tokenizer()(["good0 word1"], return_tensors="pt")
+    wanted = model.eval()(**batch).last_hidden_state
+    loaded = AutoPeftModelForFeatureExtraction.from_pretrained("me/my-task", revision=commit)
+    assert loaded.peft_config["default"].base_model_name_or_path == TINY
+    assert torch.equal(loaded.eval()(**batch).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("changes", [{"base_fingerprint": ""}, {"base_model_name": "tiny"}, {"base_model_name": ""}])
+def test_a_name_that_nobody_has_compared_or_that_may_be_a_folder_is_not_taken(
+    base_folder, base_model, tmp_path, changes
+):
+    generate(base_folder, tiny.build_policy(base_model, **changes)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="local path"):
+        check_folder(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

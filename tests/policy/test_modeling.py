@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import CoreSpace, LoraBSpace
 from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, rollout
 from lohp_peft.policy.networks import ItemDropout
+from lohp_peft.policy.reference_set import FEATURES
 from lohp_peft.tasks import TaskFeatures, TextEncoder
 from tiny import build_encoder, build_policy, features_of
 
@@ -141,8 +144,9 @@ def test_round_trip_bit_for_bit(policy, features, tmp_path):
 
 
 def test_a_policy_without_reference_set(policy, tmp_path):
-    policy.reference_set = None
     policy.save_pretrained(tmp_path)
+    policy.reference_set = None
+    policy.save_pretrained(tmp_path)  # nor does it take that of the policy before it
     assert LoHpPolicy.from_pretrained(tmp_path).reference_set is None
 
 
@@ -162,6 +166,85 @@ def test_damaged_files_are_named(policy, tmp_path, name):
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=name):
+        LoHpPolicy.from_pretrained(tmp_path)
+
+
+def test_the_reference_set_is_where_the_policy_is(policy):
+    """The meta device stands in for an accelerator."""
+    reference, kind = policy.reference_set, torch.device("meta")
+    policy.to(kind)
+    moved = policy.reference_set
+    assert {moved.states.device, *(getattr(moved.features, name).device for name in FEATURES)} == {kind}
+    assert (moved.names, moved.families) == (reference.names, reference.families)
+    policy.reference_set = reference
+    assert policy.reference_set.states.device == kind
+    policy.reference_set = None
+    assert policy.to(kind).reference_set is None
+
+
+def test_a_change_of_type_leaves_the_reference_set_alone(policy):
+    states = policy.reference_set.states
+    assert policy.double().reference_set.states.equal(states)
+    assert policy.scale.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, "bfloat16"])
+def test_half_precision_is_refused(policy, tmp_path, dtype):
+    policy.save_pretrained(tmp_path)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=f"float32 or wider, got torch.{kind}; pass dtype=torch.float32"):
+        LoHpPolicy.from_pretrained(tmp_path, dtype=dtype)
+
+
+def test_a_policy_saved_in_half_precision_can_be_widened(policy, features, tmp_path):
+    policy.bfloat16().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="float32 or wider, got torch.bfloat16"):
+        LoHpPolicy.from_pretrained(tmp_path)
+    loaded = LoHpPolicy.from_pretrained(tmp_path, dtype=torch.float32)
+    assert rollout(loaded, features).equal(rollout(policy.float(), features))
+
+
+@pytest.mark.parametrize("failing", range(1, 5))
+def test_a_mixture_of_two_policies_is_refused(policy, encoder, tasks, tmp_path, monkeypatch, failing):
+    """A save over another policy that breaks off leaves that policy or what is noticed, wherever it does."""
+    policy.save_pretrained(tmp_path)
+    other = build_policy(encoder, tasks[:2], size=0.4)
+    other.set_space(CoreSpace(policy.layout, 2, *([x.flip(1) for x in side] for side in bases_of(policy.space))))
+    replaced, replace = [], os.replace
+
+    def flaky(source, target):
+        if len(replaced) + 1 == failing:
+            raise OSError("disk trouble")
+        replaced.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", flaky)
+    with pytest.raises(OSError, match="disk trouble"):
+        other.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    if not replaced:
+        assert LoHpPolicy.from_pretrained(tmp_path).space.input_basis(0).equal(policy.space.input_basis(0))
+    else:
+        with pytest.raises(ValueError, match="was not saved with its config.json; save or fetch"):
+            LoHpPolicy.from_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    assert LoHpPolicy.from_pretrained(tmp_path).space.input_basis(0).equal(other.space.input_basis(0))
+
+
+def bases_of(space):
+    count = len(space.layout.modules)
+    return [[basis(i) for i in range(count)] for basis in (space.input_basis, space.output_basis)]
+
+
+def test_policies_without_digests_still_load(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert sorted(config.pop("digests")) == [f"{name}.safetensors" for name in ("model", "reference_set", "space")]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "reference_set.safetensors").unlink()
+    assert LoHpPolicy.from_pretrained(tmp_path).reference_set is None
+    (tmp_path / "config.json").write_text(json.dumps({**config, "digests": []}))
+    with pytest.raises(ValueError, match="`digests` in config.json must be an object, got list"):
         LoHpPolicy.from_pretrained(tmp_path)
 
 

@@ -4,6 +4,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from lohp_peft.adapters import base_model_fingerprint
+from lohp_peft.hub import check_folder
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.policy_learning import plan_training, train_policy
 from lohp_peft.tasks import tokenizer_fingerprint
@@ -48,6 +49,9 @@ def test_recordings_in_policy_out(encoder, dataset, tmp_path):
     assert reference.states[1].equal(build_trajectory(encoder.space, seed=5).states[-1])
     again = train(encoder, dataset, tmp_path / "policy", validation_tasks=validation)
     assert_same_weights(again.state_dict(), policy.state_dict())  # from its checkpoint
+    kind, files = check_folder(tmp_path / "policy")  # as it is, it can be published
+    assert kind == "policy"
+    assert sorted(files) == ["config.json", *(f"{name}.safetensors" for name in ("model", "reference_set", "space"))]
 
 
 def test_one_run_a_folder(encoder, dataset, tmp_path):
@@ -66,6 +70,7 @@ def test_tensorboard_gets_the_scalars(encoder, dataset, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(encoder, dataset, tmp_path / "policy", report_to=["tensorboard"])
+    check_folder(tmp_path / "policy")
     (folder,) = (tmp_path / "policy" / "runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
     assert {"train/cloning", "train/subtb", "train/path"} <= set(events.Tags()["scalars"])
