@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from lohp_peft.adapters.export import GenerationRecord
+from lohp_peft.adapters.export import GenerationRecord, remove_record
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.writing import backbone_of, unwritable_options
 from lohp_peft.registration import ensure_peft_type
@@ -22,10 +22,12 @@ class RecordedLoraConfig(LoraConfig):
     """A `LoraConfig` that writes the record of a generation beside itself when it is saved."""
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and `lohp_provenance.json` and `head.safetensors` where there is a record."""
+        """Write `adapter_config.json`, and the record of the generation that wrote the weights beside it, if one did."""
         super().save_pretrained(save_directory, **kwargs)
         record = generation_record(self)
-        if record is not None:
+        if record is None:
+            remove_record(save_directory)
+        else:
             record.write(save_directory)
 
 
@@ -132,6 +134,7 @@ class LoHpConfig(LoraConfig):
         """Write this configuration, or that of a plain LoRA and the record once an adapter has been generated."""
         if generation_record(self) is None:
             super().save_pretrained(save_directory, **kwargs)
+            remove_record(save_directory)
         else:
             self.to_lora_config().save_pretrained(save_directory, **kwargs)
 

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from lohp_peft.adapters.writing import (
     only_active,
     write_adapter,
     write_classifier,
+    written_weights,
 )
 from lohp_peft.config import (
     LoHpConfig,
@@ -76,15 +78,17 @@ class LoHpModel(LoraModel):
                 PeftWarning,
                 stacklevel=2,
             )
-        if not isinstance(config, LoHpConfig) or not config.follows_policy or self._merging:
+        follows = isinstance(config, LoHpConfig) and config.follows_policy and not self._merging
+        if follows or generation_record(config) is not None:
+            # A copy, because one configuration may serve several models, of which another one was generated. For these
+            # tasks PEFT adds the head to the caller's `modules_to_save` after injection, so that list is shared.
+            if config.modules_to_save is None and config.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
+                config.modules_to_save = []
+            config = self.peft_config[adapter_name] = copy.copy(config)
+            keep_record(config, None)
+        if not follows:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        # A copy, because one configuration may serve several models. For these tasks PEFT adds the head to the caller's
-        # `modules_to_save` after injection, so that list is shared with the copy.
-        if config.modules_to_save is None and config.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
-            config.modules_to_save = []
-        config = self.peft_config[adapter_name] = copy.copy(config)
-        keep_record(config, None)
         follow_policy(config, model)
         inputs = None
         if config.support is not None and config.init_weights:
@@ -132,7 +136,8 @@ class LoHpModel(LoraModel):
         if isinstance(config, LoHpConfig) and any(parts.values()):
             config.support = None
             generated = {name: dict(record.provenance) for name, record in parts.items() if record is not None}
-            keep_record(config, GenerationRecord({"combined": dict(zip(adapters, weights, strict=True)), **generated}))
+            provenance = {"combined": dict(zip(adapters, weights, strict=True)), **generated}
+            keep_record(config, GenerationRecord(provenance, weights=written_weights(self.model, adapter_name)))
 
     def generate_adapter(
         self,
@@ -178,7 +183,10 @@ class LoHpModel(LoraModel):
         return report
 
     def adapter_head(self, adapter_name: str | None = None) -> Any:
-        """The closed-form head on pooled embeddings solved with `adapter_name` (the active one by default), or `None`."""
+        """The closed-form head on pooled embeddings solved with `adapter_name` (the active one by default), or `None`.
+
+        It is that of the weights as they were generated; further training leaves it behind.
+        """
         from lohp_peft.generation import Head
 
         record = generation_record(self.peft_config[self._one_adapter(adapter_name)])
@@ -300,17 +308,19 @@ def _generate(
     write_adapter(layers, {prefix + key: pair for key, pair in made.lora.items()}, adapter_name, peft_config)
     if linear is None:
         is_language_model = peft_config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-        return made.report, made.record(policy_name=name, head=not is_language_model)
-    with only_active(model, adapter_name):
-        features = classifier_features(model, linear, _batches(tokenizer, examples, encoder))
-    kind = made.report.config["head"] or policy.config.head
-    labels = torch.tensor(columns, device=features.device)[examples.targets.to(features.device)]
-    head = solve_head(features, labels, model.config.num_labels, kind, ridge=policy.config.ridge)
-    write_classifier(linear, features, head.weight, head.bias)
-    label_names = [str(model.config.id2label.get(i, i)) for i in range(model.config.num_labels)]
-    for column, label in zip(columns, examples.label_names, strict=True):
-        label_names[column] = label
-    return made.report, made.record(policy_name=name, head=False, label_names=label_names)
+        record = made.record(policy_name=name, head=not is_language_model)
+    else:
+        with only_active(model, adapter_name):
+            features = classifier_features(model, linear, _batches(tokenizer, examples, encoder))
+        kind = made.report.config["head"] or policy.config.head
+        labels = torch.tensor(columns, device=features.device)[examples.targets.to(features.device)]
+        head = solve_head(features, labels, model.config.num_labels, kind, ridge=policy.config.ridge)
+        write_classifier(linear, features, head.weight, head.bias)
+        label_names = [str(model.config.id2label.get(i, i)) for i in range(model.config.num_labels)]
+        for column, label in zip(columns, examples.label_names, strict=True):
+            label_names[column] = label
+        record = made.record(policy_name=name, head=False, label_names=label_names)
+    return made.report, replace(record, weights=written_weights(model, adapter_name, linear))
 
 
 def _tokenizer_of(model: nn.Module) -> Any:

@@ -1,7 +1,9 @@
 """What is saved after a generation is an ordinary LoRA: it loads, bit for bit, where this package does not exist."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,8 @@ from lohp_peft import (
 )
 from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, save_plain_lora
 from lohp_peft.adapters.importing import read_plain_lora
+from lohp_peft.cards import write_adapter_card
+from lohp_peft.config import RecordedLoraConfig
 from lohp_peft.hub import check_folder
 
 RAW = GenerationConfig(choose=False)
@@ -41,6 +45,8 @@ PROVENANCE = {
     "pooling",
     "max_length",
 }
+
+RECORD = {"lohp_provenance.json", "head.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +349,122 @@ def test_a_head_of_before_does_not_stay(tmp_path):
     assert (tmp_path / "head.safetensors").exists()
     GenerationRecord({"seed": 1}).write(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"lohp_provenance.json"}
+
+
+def test_a_plain_adapter_without_a_record_leaves_none_of_before(policy, tokenizer, tmp_path):
+    made = generate_adapter(policy, tiny.build_bert(), tokenizer, ROWS, RAW)
+    made.save_pretrained(tmp_path)
+    names = [spec.name for spec in policy.layout.modules]
+    save_plain_lora(tmp_path, made.lora, plain_lora_config("someone/tiny", names, 2))
+    assert not RECORD & {path.name for path in tmp_path.iterdir()}
+
+
+# What the record tells of
+
+
+def recorded(folder):
+    """What a folder tells of a generation: all, that the weights have changed since, or nothing."""
+    found = RECORD & {path.name for path in folder.iterdir()}
+    if not found:
+        return "nothing"
+    changed = json.loads((folder / "lohp_provenance.json").read_text()).get("weights_changed", False)
+    assert found == ({"lohp_provenance.json"} if changed else RECORD)
+    return "changed" if changed else "all"
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return recorded(folder)
+
+
+def step(model, tokenizer):
+    batch = tokenizer([row["text"] for row in ROWS], padding=True, return_tensors="pt")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    model.train()(**batch).last_hidden_state.square().mean().backward()
+    optimizer.step()
+
+
+def through_data(model, _tokenizer):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data + 1e-4
+
+
+def only_a_magnitude(model, _tokenizer):
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(1.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [(step, {}), (through_data, {}), (step, {"use_dora": True}), (only_a_magnitude, {"use_dora": True})],
+    ids=["one step", "data", "dora", "magnitude"],
+)
+def test_training_further_is_told_and_leaves_the_head_out(change, fields, folders, tokenizer, tmp_path):
+    model = generated(folders, "encoder", tokenizer, **fields)
+    assert saved(model, tmp_path) == "all"
+    change(model, tokenizer)
+    assert saved(model, tmp_path) == "changed"
+    card = write_adapter_card(tmp_path).read_text()
+    assert "have changed since" in card
+    assert "forward-only" not in card
+    model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
+    assert saved(model, tmp_path) == "all"
+
+
+def test_a_classifier_that_was_trained_is_told(folders, tokenizer, tmp_path):
+    model = generated(folders, "classifier", tokenizer)
+    model.save_pretrained(tmp_path)
+    assert "weights_changed" not in json.loads((tmp_path / "lohp_provenance.json").read_text())
+    model.get_base_model().classifier.modules_to_save["default"].weight.data.mul_(1.1)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "lohp_provenance.json").read_text())["weights_changed"] is True
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_what_does_not_change_the_weights_keeps_the_record(dtype, folders, tokenizer, tmp_path):
+    model = generated(folders, "encoder", tokenizer)
+    model.load_state_dict(model.state_dict())
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert saved(model, tmp_path / "merged") == "all"
+    for name, other in {"copied": copy.deepcopy(model), "pickled": pickle.loads(pickle.dumps(model))}.items():
+        assert saved(other, tmp_path / name) == "all"
+        step(other, tokenizer)
+        assert saved(other, tmp_path / name) == "changed"
+    assert saved(model.to(dtype), tmp_path / "cast") == "all"
+    assert saved(model.float(), tmp_path / "back") == "all"
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    assert saved(model, tmp_path / "replaced") == "all"
+
+
+def test_other_weights_loaded_over_it_are_told(folders, tokenizer, tmp_path):
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["query", "value"], init_lora_weights=False)
+    get_peft_model(tiny.build_bert(), config).save_pretrained(tmp_path / "other")
+    model = generated(folders, "encoder", tokenizer)
+    model.load_adapter(tmp_path / "other", "default")
+    assert saved(model, tmp_path / "mixed") == "changed"
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_configuration_used_again_takes_no_record_along(plain, folders, tokenizer, tmp_path):
+    model = generated(folders, "encoder", tokenizer)
+    model = to_plain_lora(model) if plain else model
+    config = model.peft_config["default"]
+    model.add_adapter("b", config)
+    assert saved(get_peft_model(tiny.build_bert(), config), tmp_path / "fresh") == "nothing"
+    assert saved(model, tmp_path / "both") == "all"
+    assert recorded(tmp_path / "both" / "b") == "nothing"
+
+
+def test_an_adapter_without_a_record_leaves_none_of_before(folders, tokenizer, tmp_path):
+    assert saved(generated(folders, "encoder", tokenizer), tmp_path) == "all"
+    fresh = get_peft_model(AutoModel.from_pretrained(folders / "encoder"), LoHpConfig(policy=str(folders / "policy")))
+    assert saved(fresh, tmp_path) == "nothing"
+    assert saved(generated(folders, "encoder", tokenizer), tmp_path) == "all"
+    RecordedLoraConfig(target_modules=["query"]).save_pretrained(tmp_path)
+    assert recorded(tmp_path) == "nothing"
 
 
 def test_public_names_are_sorted_and_documented():

@@ -12,7 +12,7 @@ from peft.utils.integrations import get_bnb_param_type
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lohp_peft.adapters.export import unsupported
+from lohp_peft.adapters.export import Fingerprints, fingerprints, unsupported
 from lohp_peft.adapters.layout import AdapterLayout, linear_shape
 from lohp_peft.adapters.space import Adapter
 
@@ -119,6 +119,22 @@ def write_adapter(layers: dict[str, LoraLayer], adapter: Adapter, adapter_name: 
         _set(layer.lora_B[adapter_name], columns)
         if adapter_name in layer.lora_variant:
             layer.lora_variant[adapter_name].init(layer, adapter_name=adapter_name, config=config)
+
+
+def written_weights(model: nn.Module, adapter_name: str, linear: nn.Linear | None = None) -> Fingerprints:
+    """Fingerprints of the weights of a model's adapter, for its `GenerationRecord`.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter, all of whose LoRA weights that are loaded count.
+        linear: From `classifier_linear`, where a head was written too.
+    """
+    tensors = [] if linear is None else list(linear.parameters())
+    for layer in model.modules():
+        for name, parameter in layer.named_parameters() if isinstance(layer, LoraLayer) else ():
+            if name.startswith("lora_") and adapter_name in name.split(".") and not parameter.is_meta:
+                tensors.append(parameter)
+    return fingerprints(tensors)
 
 
 def classifier_linear(model: nn.Module, adapter_name: str, n_labels: int) -> nn.Linear:
