@@ -7,9 +7,9 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from lohp_peft.adapters.export import GenerationRecord, remove_record
+from lohp_peft.adapters.export import GenerationRecord, remove_record, unsupported_options
 from lohp_peft.adapters.layout import AdapterLayout
-from lohp_peft.adapters.writing import backbone_of, unwritable_options
+from lohp_peft.adapters.writing import backbone_of
 from lohp_peft.registration import ensure_peft_type
 from lohp_peft.tasks.task import read_json_lines
 
@@ -125,7 +125,9 @@ class LoHpConfig(LoraConfig):
     def to_lora_config(self) -> RecordedLoraConfig:
         """The plain LoRA that this is once its weights are written; it keeps the record of the generation."""
         names = {entry.name for entry in fields(LoraConfig) if entry.init} - _NOT_CARRIED_OVER
-        config = RecordedLoraConfig(**{name: getattr(self, name) for name in names})
+        # A start by name may have changed the base weights, which loading then has to do again.
+        init = self.init_lora_weights if isinstance(self.init_lora_weights, str) else True
+        config = RecordedLoraConfig(**{name: getattr(self, name) for name in names}, init_lora_weights=init)
         config.runtime_config = self.runtime_config
         keep_record(config, generation_record(self))
         return config
@@ -168,7 +170,7 @@ def follow_policy(config: LoHpConfig, model: nn.Module) -> None:
     layout = AdapterLayout.from_dict(policy.layout)
     _, prefix = backbone_of(model, layout)
     names = [prefix + spec.name for spec in layout.modules]
-    r, problems = policy.r, unwritable_options(config)
+    r, problems = policy.r, unsupported_options(config)
     for name in ("r", "lora_alpha"):
         if getattr(config, name) not in (_DEFAULT_RANK, r):
             problems.append(f"`{name}` is {getattr(config, name)}, the policy's is {r}")

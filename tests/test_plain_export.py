@@ -313,11 +313,14 @@ def test_uniform_export_of_patterns(tokenizer, tmp_path):
 
 def test_what_a_uniform_lora_cannot_hold(policy, tokenizer, tmp_path):
     config = LoraConfig(target_modules=["query"], use_dora=True, init_lora_weights=False)
-    with pytest.raises(ValueError, match="cannot hold 2 modules.*Dora"):
+    with pytest.raises(ValueError, match="cannot hold adapter 'default'.*Dora"):
         save_uniform_lora(get_peft_model(tiny.build_bert(), config), tmp_path / "dora")
     embedding = get_peft_model(tiny.build_bert(), LoraConfig(target_modules=["word_embeddings"]))
-    with pytest.raises(ValueError, match="cannot hold 1 modules.*embedding"):
+    with pytest.raises(ValueError, match="cannot hold adapter 'default'.*embedding"):
         save_uniform_lora(embedding, tmp_path / "embedding")
+    every = LoraConfig(target_modules=["query"], lora_bias=True, bias="all", trainable_token_indices=[5])
+    with pytest.raises(ValueError, match="lora_bias=True.*bias='all'.*trainable_token_indices.*query: has lora_bias"):
+        save_uniform_lora(get_peft_model(tiny.build_bert(), every), tmp_path / "options")
     fresh = get_peft_model(tiny.build_bert(), LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match="every update is zero"):
         save_uniform_lora(fresh, tmp_path / "zero")
@@ -326,6 +329,43 @@ def test_what_a_uniform_lora_cannot_hold(policy, tokenizer, tmp_path):
     with pytest.raises(TypeError, match="PeftModel"):
         save_uniform_lora(tiny.build_bert(), tmp_path / "none")
     assert not list(tmp_path.iterdir())
+
+
+def trained(config, change=""):
+    """A model with this configuration, whose trained parameters named like `change` differ from their start."""
+    model = get_peft_model(tiny.build_bert(), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ("lora_B" in name or (change and name.endswith(change))):
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("fields", "change", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "", "init_lora_weights='pissa' changes the base weights"),
+        ({"init_lora_weights": "olora"}, "", "init_lora_weights='olora' changes the base weights"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "", "another base model"),
+        ({"bias": "all"}, "bias", "bias='all' trains biases"),
+        ({"bias": "lora_only"}, "bias", "bias='lora_only' trains biases"),
+        ({"trainable_token_indices": list(range(5, 25))}, "default", "trainable_token_indices trains embeddings"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_uniform_lora_is_refused_where_it_would_compute_something_else(fields, change, message, tmp_path):
+    model = trained(LoraConfig(r=2, target_modules=["query", "value"], **fields), change)
+    with pytest.raises(ValueError, match=message):
+        save_uniform_lora(model, tmp_path / "uniform")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", True])
+def test_a_start_that_changed_the_base_weights_survives_the_turn_into_plain_lora(init, tokenizer, tmp_path):
+    model = trained(LoHpConfig(r=2, target_modules=["query", "value"], init_lora_weights=init))
+    wanted = outputs(model, tokenizer)
+    to_plain_lora(model).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["init_lora_weights"] == init
+    assert torch.equal(outputs(PeftModel.from_pretrained(tiny.build_bert(), tmp_path), tokenizer), wanted)
 
 
 def test_everything_wrong_with_an_adapter_is_named(tmp_path):

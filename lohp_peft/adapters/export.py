@@ -23,6 +23,7 @@ from lohp_peft.files import read_tensors, write_atomically
 WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
 PROVENANCE_FILE = "lohp_provenance.json"
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 Fingerprints = Mapping[torch.dtype, frozenset[str]]
 """Of a set of tensors, see `fingerprints`."""
 
@@ -208,7 +209,12 @@ def save_uniform_lora(model: PeftModel, folder: str | os.PathLike, adapter_name:
         raise TypeError(f"Only adapters of a PeftModel can be exported, got {type(model).__name__}.")
     if adapter_name not in model.peft_config:
         raise ValueError(f"`adapter_name` must be one of {sorted(model.peft_config)}, got {adapter_name!r}.")
-    adapter, problems = {}, []
+    current = model.peft_config[adapter_name]
+    adapter, problems = {}, unsupported_options(current)
+    if current.bias != "none":
+        problems.append(f"bias={current.bias!r} trains biases of the base model")
+    if current.trainable_token_indices:
+        problems.append("trainable_token_indices trains embeddings of the base model")
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.scaling:
             continue
@@ -220,13 +226,26 @@ def save_uniform_lora(model: PeftModel, folder: str | os.PathLike, adapter_name:
         a, b = (side[adapter_name].weight.detach().to(dtype) for side in (layer.lora_A, layer.lora_B))
         adapter[name] = (a, b * layer.scaling[adapter_name])
     if problems:
-        raise ValueError(f"A uniform LoRA cannot hold {len(problems)} modules: {'; '.join(problems)}.")
+        raise ValueError(f"A uniform LoRA cannot hold adapter {adapter_name!r}: {'; '.join(problems)}.")
     rank = max((a.shape[0] for a, _ in adapter.values()), default=1)
-    current = model.peft_config[adapter_name]
     name = current.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None) or None
     task_type = current.task_type if current.modules_to_save is None else None
     config = plain_lora_config(name, adapter, rank, task_type, fan_in_fan_out=current.fan_in_fan_out)
     return save_plain_lora(folder, adapter, config)
+
+
+def unsupported_options(config: LoraConfig) -> list[str]:
+    """Options of a configuration under which `scaling * B @ A` is not all that an adapter does, with reasons."""
+    init, problems = config.init_lora_weights, []
+    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
+        problems.append(f"init_lora_weights={init!r} changes the base weights")
+    if config.layer_replication:
+        problems.append("layer_replication makes another base model")
+    if config.lora_bias:
+        problems.append("lora_bias=True adds a bias that no policy generates")
+    if config.alora_invocation_tokens:
+        problems.append("alora_invocation_tokens leaves the adapter out of the tokens before them")
+    return problems
 
 
 def unsupported(layer: LoraLayer, adapter_name: str) -> str | None:

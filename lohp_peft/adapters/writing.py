@@ -12,11 +12,9 @@ from peft.utils.integrations import get_bnb_param_type
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lohp_peft.adapters.export import Fingerprints, fingerprints, unsupported
+from lohp_peft.adapters.export import Fingerprints, fingerprints, unsupported, unsupported_options
 from lohp_peft.adapters.layout import AdapterLayout, linear_shape
 from lohp_peft.adapters.space import Adapter
-
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @contextmanager
@@ -36,20 +34,6 @@ def only_active(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
             module._disable_adapters, module._active_adapter = disabled, active
 
 
-def unwritable_options(config: LoraConfig) -> list[str]:
-    """Options of a configuration under which generated weights would not be what the policy meant, with reasons."""
-    init, problems = config.init_lora_weights, []
-    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
-        problems.append(f"init_lora_weights={init!r} changes the base weights the policy was trained on")
-    if config.layer_replication:
-        problems.append("layer_replication makes another base model than the policy was trained on")
-    if config.lora_bias:
-        problems.append("lora_bias=True adds a bias that no policy generates")
-    if config.alora_invocation_tokens:
-        problems.append("alora_invocation_tokens leaves the adapter out of the tokens before them")
-    return problems
-
-
 def check_writable(
     model: nn.Module, names: Iterable[str], r: int, adapter_name: str, config: LoraConfig
 ) -> dict[str, LoraLayer]:
@@ -58,7 +42,7 @@ def check_writable(
     Raises:
         ValueError: Listing everything about the model's adapter that stands in the way.
     """
-    problems = unwritable_options(config)
+    problems = unsupported_options(config)
     present = {
         name: layer
         for name, layer in model.named_modules()
