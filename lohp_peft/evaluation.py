@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lohp_peft.baselines import AdamWBaseline
 from lohp_peft.fields import document_fields
-from lohp_peft.generation import GenerationConfig, encoder_for, generate_adapters
+from lohp_peft.generation import GenerationConfig, as_trained, encoder_for, generate_adapters
 from lohp_peft.policy import LoHpPolicy, rollout
 from lohp_peft.tasks import Examples, Head, Task, TaskFeatures, TextEncoder, draw, solve_head, task_features
 from lohp_peft.tasks.encoder import EncodedTexts
@@ -107,7 +107,8 @@ def evaluate_tasks(
     encoder = encoder_for(policy, base_model, tokenizer, generation.mixed_precision)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = {}
-    with Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True)) as progress:
+    shown = Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True))
+    with as_trained(policy, base_model), shown as progress:
         bar = progress.add_task("evaluation", total=len(tasks) * config.draws)
         for task in tasks:
             progress.update(bar, description=f"evaluation | {task.name}")

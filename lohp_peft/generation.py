@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,9 @@ from lohp_peft.adapters.export import (
     provenance_of,
     save_plain_lora,
 )
+from lohp_peft.adapters.injection import evaluating
 from lohp_peft.adapters.layout import base_model_fingerprint, base_of
+from lohp_peft.adapters.writing import only_active
 from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConfig
 from lohp_peft.cards import write_adapter_card
 from lohp_peft.hub import PushReport, push_folder
@@ -273,6 +275,14 @@ def generate_adapter(
     return generate_adapters(policy, base_model, tokenizer, [support], config)[0]
 
 
+@contextmanager
+def as_trained(policy: LoHpPolicy, base_model: nn.Module) -> Iterator[None]:
+    """A context in which the policy has no dropout and the base model none of the adapters that it may hold."""
+    with evaluating(policy), only_active(base_of(base_model), None):
+        yield
+
+
+@torch.inference_mode(False)  # gradient steps need gradients, and what is generated can be trained
 @torch.no_grad()
 def generate_adapters(
     policy: LoHpPolicy,
@@ -317,8 +327,7 @@ def generate_adapters(
     examples = [read_support(support) for support in supports]
     encoder = encoder or encoder_for(policy, base_model, tokenizer, config.mixed_precision)
     made = []
-    # An adapter that a `PeftModel` already holds is no part of what the policy was trained on.
-    with getattr(base_model, "disable_adapter", nullcontext)():
+    with as_trained(policy, base_model):
         job = CandidateSet(policy, encoder, examples, config)
         features = TaskFeatures.stack([job.features(i) for i in range(len(examples))])
         paths = job.rollout(features)

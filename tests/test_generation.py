@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.nn.functional import normalize
 from transformers import BertTokenizer
 
@@ -343,6 +344,42 @@ def test_a_peft_model_gives_what_its_base_model_gives(generate, policy, encoder)
                 parameter.add_(1.0)
     made = generate_adapter(policy, wrapped, encoder.tokenizer, SUPPORTS[0])
     assert_same(made, expected, exact=False)
+
+
+@pytest.mark.parametrize("how", ["transformers", "unwrapped", "compiled"])
+def test_an_adapter_that_is_held_in_another_way_does_not_count_either(how, generate, policy, encoder):
+    (expected,) = generate(SUPPORTS[:1])
+    model, config = copy.deepcopy(encoder.base_model), LoraConfig(target_modules=["query"], init_lora_weights=False)
+    if how == "transformers":
+        model.add_adapter(config)
+    else:
+        model = get_peft_model(model, config)
+        model = model.get_base_model() if how == "unwrapped" else torch.compile(model, backend="eager")
+    assert_same(generate_adapter(policy, model, encoder.tokenizer, SUPPORTS[0]), expected)
+    held = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    assert held
+    assert not any(layer.disable_adapters for layer in held)
+
+
+def test_a_policy_in_training_mode_generates_without_dropout(generate, policy):
+    raw = GenerationConfig(choose=False)
+    (expected,) = generate(SUPPORTS[:1], raw)
+    other = copy.deepcopy(policy).train()
+    other.log_flow_network.eval()
+    before = {name: module.training for name, module in other.named_modules()}
+    assert_same(generate(SUPPORTS[:1], raw, other)[0], expected)
+    assert {name: module.training for name, module in other.named_modules()} == before
+
+
+def test_in_inference_mode_the_same_is_generated_and_can_be_trained(generate):
+    config = GenerationConfig(gradient_steps=2, gradient_margin=-100.0)
+    (expected,) = generate(SUPPORTS[:1], config)
+    with torch.inference_mode():
+        (made,) = generate(SUPPORTS[:1], config)
+    assert_same(made, expected)
+    assert expected.report.gradient_steps
+    tensors = [made.state, made.path, made.head.weight, *(x for pair in made.lora.values() for x in pair)]
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in tensors)
 
 
 @pytest.mark.parametrize("name", ["generated", "none", "mean", "half generated, half mean"])

@@ -329,6 +329,27 @@ def test_a_plain_lora_of_larger_rank_and_more_modules(policy, tokenizer, batch):
     assert "_generation_record" not in config.__dict__
 
 
+@pytest.mark.parametrize("kind", ["ours", "plain", "dora", "classifier"])
+def test_what_was_generated_in_inference_mode_can_be_trained(kind, policy, policy_folder, tokenizer, batch):
+    states = []
+    for in_inference_mode in (False, True):
+        if kind in ("plain", "dora"):
+            config = LoraConfig(r=2, target_modules=["query", "value"], use_dora=kind == "dora")
+        else:
+            config = LoHpConfig(policy=policy_folder, task_type="SEQ_CLS" if kind == "classifier" else None)
+        base = tiny.build_bert_classifier() if kind == "classifier" else tiny.build_bert()
+        torch.manual_seed(0)
+        model = get_peft_model(base, config)
+        with torch.inference_mode(in_inference_mode):
+            initialize_lohp_weights(model, policy, ROWS, tokenizer=tokenizer, config=RAW)
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[0][name]) for name, value in states[1].items())
+    model.train()(**batch)[0].square().sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and "pooler" not in name}
+    assert trained
+    assert all(gradient is not None and gradient.any() for gradient in trained.values())
+
+
 def test_everything_that_stands_in_the_way_is_named(policy, tokenizer):
     def initialize(model, **changes):
         initialize_lohp_weights(model, policy, ROWS, **{"tokenizer": tokenizer, "config": RAW, **changes})

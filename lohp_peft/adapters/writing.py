@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lohp_peft.adapters.export import Fingerprints, fingerprints, unsupported, unsupported_options
+from lohp_peft.adapters.injection import evaluating
 from lohp_peft.adapters.layout import AdapterLayout, linear_shape
 from lohp_peft.adapters.space import Adapter
 
@@ -77,6 +78,7 @@ def check_writable(
     return {name: present[name] for name in present if name in wanted}
 
 
+@torch.inference_mode(False)  # what is written can be trained, wherever it was generated
 @torch.no_grad()
 def write_adapter(layers: dict[str, LoraLayer], adapter: Adapter, adapter_name: str, config: LoraConfig) -> None:
     """Set the layers' matrices so that `scaling * B @ A` is the adapter's update.
@@ -149,16 +151,14 @@ def classifier_linear(model: nn.Module, adapter_name: str, n_labels: int) -> nn.
 def classifier_features(model: nn.Module, linear: nn.Linear, batches: Iterable[dict[str, Any]]) -> Tensor:
     """What a model's classifier reads, shape (n, d): its logits with the last linear layer left out."""
     handle = linear.register_forward_hook(lambda _module, args, _output: args[0])
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        return torch.cat([model(**batch).logits.float() for batch in batches])
+        with evaluating(model):
+            return torch.cat([model(**batch).logits.float() for batch in batches])
     finally:
         handle.remove()
-        for module in training:
-            module.training = True
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def write_classifier(linear: nn.Linear, features: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Set the classifier to a head that was solved on L2-normalised features.
