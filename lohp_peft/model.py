@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from lohp_peft.adapters.export import GenerationRecord
 from lohp_peft.adapters.writing import (
     backbone_of,
     check_writable,
+    classifier_columns,
     classifier_features,
     classifier_linear,
     only_active,
@@ -295,7 +296,7 @@ def _generate(
     layers = check_writable(model, names, policy.config.r, adapter_name, peft_config)
     linear, columns = None, []
     if _is_classifier(peft_config):
-        columns = _columns(model.config, examples.label_names)
+        columns = classifier_columns(model.config, examples.label_names)
         linear = classifier_linear(model, adapter_name, model.config.num_labels)
         if getattr(model.config, "pad_token_id", None) is None:
             raise ValueError(
@@ -336,26 +337,6 @@ def _tokenizer_of(model: nn.Module) -> Any:
         raise ValueError(f"No tokenizer was found with base model {name!r}; pass `tokenizer`. ({error})") from error
 
 
-def _columns(config: Any, label_names: Sequence[str]) -> list[int]:
-    """The model's class index of each label: by its name, by its number, or in order.
-
-    Raises:
-        ValueError: When the labels do not fit the model's classes, naming both.
-    """
-    known = {str(name): int(i) for i, name in config.id2label.items()}
-    if all(name in known for name in label_names):
-        return [known[name] for name in label_names]
-    numbers = [int(name) if name.isdecimal() else -1 for name in label_names]
-    if all(0 <= number < config.num_labels for number in numbers):
-        return numbers
-    if len(label_names) == config.num_labels > 1:
-        return list(range(len(label_names)))
-    raise ValueError(
-        f"The support set has the labels {list(label_names)}, the model {config.num_labels} classes ({sorted(known)}). "
-        f"Load the model with num_labels={len(label_names)}, or with an id2label that names these labels."
-    )
-
-
 def _batches(tokenizer: Any, examples: Any, encoder: Any) -> Iterator[Any]:
     """The texts as the policy reads them, in order."""
     for start in range(0, len(examples), encoder.batch_size):
@@ -384,7 +365,7 @@ def _generation_inputs(config: LoHpConfig, model: nn.Module) -> dict[str, Any]:
     support = read_support(read_support_file(config.support or ""))
     encoder_for(policy, backbone_of(model, policy.layout)[0], tokenizer)
     if _is_classifier(config):
-        _columns(model.config, support.label_names)
+        classifier_columns(model.config, support.label_names)
     return {"policy": policy, "support": support, "tokenizer": tokenizer}
 
 

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import lohp_peft
 import tiny_world as tiny
 from lohp_peft import GenerationConfig, LoHpConfig, LoHpModel, generate_adapter, initialize_lohp_weights
 from lohp_peft.adapters import injected
+from lohp_peft.adapters.writing import classifier_columns
 from lohp_peft.registration import ensure_peft_type
 from lohp_peft.tasks import solve_head
 
@@ -446,6 +448,42 @@ def test_labels_follow_the_model(tokenizer):
     assert (wide[:, 1] < -50).all()
     with pytest.raises(ValueError, match=r"has the labels \['bad', 'good'\], the model 3 classes"):
         predictions(tiny.build_bert_classifier(num_labels=3), rows)
+    others = {"id2label": {0: "GOOD", 1: "Bad"}, "label2id": {"GOOD": 0, "Bad": 1}}
+    torch.testing.assert_close(predictions(tiny.build_bert_classifier(**others), rows), renamed)
+    for names in ("positive", "negative"), ("good", "LABEL_1"), ("good", "Good"):
+        base = tiny.build_bert_classifier(
+            id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
+        )
+        with pytest.raises(ValueError, match=f"labels .'bad', 'good'., the model 2 classes .*{names[0]}.*{names[1]}"):
+            predictions(base, rows)
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "columns"),
+    [
+        (["no", "yes"], ["yes", "no"], [1, 0]),
+        (["No", "YES"], ["yes", "no"], [1, 0]),
+        (["a", "A"], ["A", "a"], [1, 0]),
+        (["LABEL_0", "LABEL_1"], ["yes", "no"], [0, 1]),
+        (["LABEL_0", "LABEL_1"], ["LABEL_1", "LABEL_0"], [1, 0]),
+        (["x", "y", "z"], ["2", "0"], [2, 0]),
+        (["1", "0"], ["0", "1"], [1, 0]),
+        (["No", "yes"], ["no", "No"], None),
+        (["No", "NO", "yes"], ["no", "yes"], None),
+        (["LABEL_0", "LABEL_1"], ["1", "01"], [0, 1]),
+        (["x", "y"], ["1", "01"], None),
+        (["x", "y"], ["1", "2"], None),
+        (["x", "y"], ["a", "b"], None),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["a", "b"], None),
+    ],
+)
+def test_columns_of_labels(classes, labels, columns):
+    config = SimpleNamespace(id2label=dict(enumerate(classes)), num_labels=len(classes))
+    if columns is None:
+        with pytest.raises(ValueError, match=f"the model {len(classes)} classes"):
+            classifier_columns(config, labels)
+    else:
+        assert classifier_columns(config, labels) == columns
 
 
 def test_language_models_can_be_adapted_without_a_head(tokenizer):

@@ -1,6 +1,6 @@
 """Writing adapters into the LoRA layers of a model, and closed-form heads into its classifier."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -145,6 +145,37 @@ def classifier_linear(model: nn.Module, adapter_name: str, n_labels: int) -> nn.
             f"{sorted(found) or 'none'} among {sorted(copies) or 'none'}."
         )
     return next(iter(found.values()))
+
+
+def classifier_columns(config: Any, label_names: Sequence[str]) -> list[int]:
+    """A model's class index of each label: by its name, in any case, by its number, or in order where classes have no names.
+
+    Args:
+        config: Configuration of the model, with `id2label` and `num_labels`.
+        label_names: Different names.
+
+    Raises:
+        ValueError: When the labels do not fit the model's classes, naming both.
+    """
+    known = {int(i): str(name) for i, name in config.id2label.items()}
+    by_name = {name: i for i, name in known.items()}
+    by_folded = {name.casefold(): i for i, name in known.items()}
+    if len(by_folded) < len(known):
+        by_folded = {}  # names that differ in case only
+    found = [
+        [by_name.get(name) for name in label_names],
+        [by_folded.get(name.casefold()) for name in label_names],
+        [int(name) if name.isdecimal() and int(name) < config.num_labels else None for name in label_names],
+    ]
+    if len(label_names) == config.num_labels > 1 and all(name == f"LABEL_{i}" for i, name in known.items()):
+        found.append(list(range(len(label_names))))
+    for columns in found:
+        if None not in columns and len(set(columns)) == len(label_names):
+            return [column for column in columns if column is not None]
+    raise ValueError(
+        f"The support set has the labels {list(label_names)}, the model {config.num_labels} classes ({known}). Load the "
+        f"model with num_labels={len(label_names)}, or with an id2label that names these labels."
+    )
 
 
 @torch.no_grad()
