@@ -175,6 +175,8 @@ def follow_policy(config: LoHpConfig, model: nn.Module) -> None:
         if getattr(config, name) not in (_DEFAULT_RANK, r):
             problems.append(f"`{name}` is {getattr(config, name)}, the policy's is {r}")
         setattr(config, name, r)
+    if config.policy_steps is not None and config.policy_steps > policy.policy_steps:
+        problems.append(f"`policy_steps` is {config.policy_steps}, the policy has {policy.policy_steps}")
     if config.rank_pattern or config.alpha_pattern:
         problems.append(f"the policy has one rank and alpha, got {config.rank_pattern} and {config.alpha_pattern}")
     if config.target_modules is None:

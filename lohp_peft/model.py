@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -296,13 +296,8 @@ def _generate(
     layers = check_writable(model, names, policy.config.r, adapter_name, peft_config)
     linear, columns = None, []
     if _is_classifier(peft_config):
-        columns = classifier_columns(model.config, examples.label_names)
+        columns = _columns(model, examples.label_names)
         linear = classifier_linear(model, adapter_name, model.config.num_labels)
-        if getattr(model.config, "pad_token_id", None) is None:
-            raise ValueError(
-                f"{type(model).__name__} has no padding token, by which it tells where a text ends; set "
-                "`model.config.pad_token_id = tokenizer.pad_token_id`."
-            )
     with only_active(model, None):
         encoder = encoder_for(policy, backbone, tokenizer, "no" if config is None else config.mixed_precision)
         (made,) = generate_adapters(policy, backbone, tokenizer, [examples], config, encoder=encoder)
@@ -337,6 +332,16 @@ def _tokenizer_of(model: nn.Module) -> Any:
         raise ValueError(f"No tokenizer was found with base model {name!r}; pass `tokenizer`. ({error})") from error
 
 
+def _columns(model: nn.Module, label_names: Sequence[str]) -> list[int]:
+    """The class index of each label in a sequence classification model, which must be able to read batches."""
+    if getattr(model.config, "pad_token_id", None) is None:
+        raise ValueError(
+            f"{type(model).__name__} has no padding token, by which it tells where a text ends; set "
+            "`model.config.pad_token_id = tokenizer.pad_token_id`."
+        )
+    return classifier_columns(model.config, label_names)
+
+
 def _batches(tokenizer: Any, examples: Any, encoder: Any) -> Iterator[Any]:
     """The texts as the policy reads them, in order."""
     for start in range(0, len(examples), encoder.batch_size):
@@ -365,7 +370,7 @@ def _generation_inputs(config: LoHpConfig, model: nn.Module) -> dict[str, Any]:
     support = read_support(read_support_file(config.support or ""))
     encoder_for(policy, backbone_of(model, policy.layout)[0], tokenizer)
     if _is_classifier(config):
-        classifier_columns(model.config, support.label_names)
+        _columns(model, support.label_names)
     return {"policy": policy, "support": support, "tokenizer": tokenizer}
 
 
