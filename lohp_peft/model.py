@@ -265,16 +265,6 @@ def to_plain_lora(peft_model: PeftModel) -> PeftModel:
     return peft_model
 
 
-def load_policy(policy: "LoHpPolicy | str") -> "LoHpPolicy":
-    """A policy by its name, or the policy itself."""
-    if not isinstance(policy, str):
-        return policy
-    from lohp_peft.generation import LoHpPolicy
-    from lohp_peft.hub import find_policy
-
-    return LoHpPolicy.from_pretrained(find_policy(policy)).eval()
-
-
 def _generate(
     tuner: BaseTuner,
     adapter_name: str,
@@ -284,7 +274,7 @@ def _generate(
     config: "GenerationConfig | None",
 ) -> "tuple[GenerationReport, GenerationRecord]":
     """Generate, check everything first, then write the weights and the classifier."""
-    from lohp_peft.generation import encoder_for, generate_adapters, read_support
+    from lohp_peft.generation import encoder_for, generate_adapters, load_policy, read_support
     from lohp_peft.tasks import solve_head
 
     peft_config, model = tuner.peft_config[adapter_name], tuner.model
@@ -364,7 +354,7 @@ def _has_meta(model: nn.Module) -> bool:
 
 def _generation_inputs(config: LoHpConfig, model: nn.Module) -> dict[str, Any]:
     """Policy, support set and tokenizer of a generation at injection, checked against the model."""
-    from lohp_peft.generation import encoder_for, read_support
+    from lohp_peft.generation import encoder_for, load_policy, read_support
 
     policy, tokenizer = load_policy(config.policy_id or ""), _tokenizer_of(model)
     support = read_support(read_support_file(config.support or ""))

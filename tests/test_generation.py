@@ -346,6 +346,26 @@ def test_a_peft_model_gives_what_its_base_model_gives(generate, policy, encoder)
     assert_same(made, expected, exact=False)
 
 
+def test_a_policy_by_its_name(generate, policy, encoder, tmp_path, monkeypatch):
+    (expected,) = generate(SUPPORTS[:1])
+    policy.save_pretrained(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    made = generate_adapter("mine", encoder.base_model, encoder.tokenizer, SUPPORTS[0])
+    assert_same(made, expected)
+    assert made.record().provenance["policy"] == made.report.policy["name"] == "mine"
+    with pytest.raises(ValueError, match="Policy 'absent' is none of: 'shipped', an existing folder"):
+        generate_adapter("absent", encoder.base_model, encoder.tokenizer, SUPPORTS[0])
+
+
+def test_a_policy_on_the_hub_is_recorded_with_its_commit(policy, encoder, tmp_path, monkeypatch):
+    folder, revision = tmp_path / "snapshots" / "abc", "0" * 40
+    policy.save_pretrained(folder)
+    monkeypatch.setattr("lohp_peft.generation.find_policy", lambda _name: folder)
+    made = generate_adapter(f"me/mine@{revision}", encoder.base_model, encoder.tokenizer, SUPPORTS[0])
+    provenance = made.record().provenance
+    assert (provenance["policy"], provenance["revision"]) == ("me/mine", revision)
+
+
 @pytest.mark.parametrize("how", ["transformers", "unwrapped", "compiled"])
 def test_an_adapter_that_is_held_in_another_way_does_not_count_either(how, generate, policy, encoder):
     (expected,) = generate(SUPPORTS[:1])

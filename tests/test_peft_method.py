@@ -585,7 +585,7 @@ def test_combining_generated_adapters_does_not_run_the_policy(
     model.add_adapter("other", LoHpConfig(policy=policy_folder))
     model.generate_adapter(tiny.build_rows(seed=5), tokenizer=tokenizer, adapter_name="other", config=RAW)
     parts = updates(model), updates(model, "other")
-    monkeypatch.setattr("lohp_peft.model.load_policy", lambda _policy: pytest.fail("the policy was loaded"))
+    monkeypatch.setattr("lohp_peft.generation.load_policy", lambda _policy: pytest.fail("the policy was loaded"))
     model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type=combination)
     combined = updates(model, "both")
     if combination != "linear":
