@@ -22,6 +22,7 @@ from lohp_peft.adapters.writing import (
     classifier_features,
     classifier_linear,
     only_active,
+    undone_on_error,
     write_adapter,
     write_classifier,
     written_weights,
@@ -273,7 +274,7 @@ def _generate(
     tokenizer: Any,
     config: "GenerationConfig | None",
 ) -> "tuple[GenerationReport, GenerationRecord]":
-    """Generate, check everything first, then write the weights and the classifier."""
+    """Generate, check everything first, then write the weights and the classifier, or neither."""
     from lohp_peft.generation import encoder_for, generate_adapters, load_policy, read_support
     from lohp_peft.tasks import solve_head
 
@@ -291,21 +292,22 @@ def _generate(
     with only_active(model, None):
         encoder = encoder_for(policy, backbone, tokenizer, "no" if config is None else config.mixed_precision)
         (made,) = generate_adapters(policy, backbone, tokenizer, [examples], config, encoder=encoder)
-    write_adapter(layers, {prefix + key: pair for key, pair in made.lora.items()}, adapter_name, peft_config)
-    if linear is None:
-        is_language_model = peft_config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-        record = made.record(policy_name=name, head=not is_language_model)
-    else:
-        with only_active(model, adapter_name):
-            features = classifier_features(model, linear, _batches(tokenizer, examples, encoder))
-        kind = made.report.config["head"] or policy.config.head
-        labels = torch.tensor(columns, device=features.device)[examples.targets.to(features.device)]
-        head = solve_head(features, labels, model.config.num_labels, kind, ridge=policy.config.ridge)
-        write_classifier(linear, features, head.weight, head.bias)
-        label_names = [str(model.config.id2label.get(i, i)) for i in range(model.config.num_labels)]
-        for column, label in zip(columns, examples.label_names, strict=True):
-            label_names[column] = label
-        record = made.record(policy_name=name, head=False, label_names=label_names)
+    with undone_on_error(layers, adapter_name):
+        write_adapter(layers, {prefix + key: pair for key, pair in made.lora.items()}, adapter_name, peft_config)
+        if linear is None:
+            is_language_model = peft_config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+            record = made.record(policy_name=name, head=not is_language_model)
+        else:
+            with only_active(model, adapter_name):
+                features = classifier_features(model, linear, _batches(tokenizer, examples, encoder))
+            kind = made.report.config["head"] or policy.config.head
+            labels = torch.tensor(columns, device=features.device)[examples.targets.to(features.device)]
+            head = solve_head(features, labels, model.config.num_labels, kind, ridge=policy.config.ridge)
+            write_classifier(linear, features, head.weight, head.bias)
+            label_names = [str(model.config.id2label.get(i, i)) for i in range(model.config.num_labels)]
+            for column, label in zip(columns, examples.label_names, strict=True):
+                label_names[column] = label
+            record = made.record(policy_name=name, head=False, label_names=label_names)
     return made.report, replace(record, weights=written_weights(model, adapter_name, linear))
 
 

@@ -23,6 +23,7 @@ import tiny_world as tiny
 from lohp_peft import GenerationConfig, LoHpConfig, LoHpModel, generate_adapter, initialize_lohp_weights
 from lohp_peft.adapters import injected
 from lohp_peft.adapters.writing import classifier_columns
+from lohp_peft.config import generation_record
 from lohp_peft.registration import ensure_peft_type
 from lohp_peft.tasks import solve_head
 
@@ -484,6 +485,33 @@ def test_columns_of_labels(classes, labels, columns):
             classifier_columns(config, labels)
     else:
         assert classifier_columns(config, labels) == columns
+
+
+@pytest.mark.parametrize("what", ["classifier_features", "solve_head", "write_classifier"])
+@pytest.mark.parametrize(("use_dora", "lean"), [(False, False), (True, False), (False, True)])
+def test_a_generation_that_fails_halfway_leaves_the_adapter_as_it_was(
+    what, use_dora, lean, policy_folder, tokenizer, monkeypatch
+):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("out of memory")
+
+    config = LoHpConfig(policy=policy_folder, task_type="SEQ_CLS", use_dora=use_dora)
+    model = get_peft_model(tiny.build_bert_classifier(), config, low_cpu_mem_usage=lean)
+    if not lean:
+        model.generate_adapter(tiny.build_rows(seed=5), tokenizer=tokenizer, config=RAW)
+    before = {name: tensor if tensor.is_meta else tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    record = generation_record(model.peft_config["default"])
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lohp_peft.{'tasks' if what == 'solve_head' else 'model'}.{what}", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
+    for name, tensor in model.state_dict().items():
+        assert tensor.is_meta == before[name].is_meta
+        assert tensor.is_meta or torch.equal(tensor, before[name]), name
+    assert all(p is trained[name] for name, p in model.named_parameters() if p.requires_grad)
+    assert generation_record(model.peft_config["default"]) is record
+    assert model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW).chosen == "generated"
 
 
 def test_language_models_can_be_adapted_without_a_head(tokenizer):

@@ -107,6 +107,27 @@ def write_adapter(layers: dict[str, LoraLayer], adapter: Adapter, adapter_name: 
             layer.lora_variant[adapter_name].init(layer, adapter_name=adapter_name, config=config)
 
 
+@contextmanager
+def undone_on_error(layers: dict[str, LoraLayer], adapter_name: str) -> Iterator[None]:
+    """A context that gives the layers their matrices of before back when something in it fails.
+
+    Args:
+        layers: From `check_writable`.
+        adapter_name: The adapter whose matrices are written in the context, see `write_adapter`.
+    """
+    sides = [side for layer in layers.values() for side in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)]
+    before = [(side, side[adapter_name], side[adapter_name].weight) for side in sides if adapter_name in side]
+    values = [weight.data for _, _, weight in before]
+    try:
+        yield
+    except BaseException:
+        for (side, module, weight), value in zip(before, values, strict=True):
+            weight.data = value
+            module.weight = weight
+            side[adapter_name] = module
+        raise
+
+
 def written_weights(model: nn.Module, adapter_name: str, linear: nn.Linear | None = None) -> Fingerprints:
     """Fingerprints of the weights of a model's adapter, for its `GenerationRecord`.
 
