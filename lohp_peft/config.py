@@ -7,9 +7,9 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from lohp_peft.adapters.export import GenerationRecord
+from lohp_peft.adapters.export import GenerationRecord, remove_record, unsupported_options
 from lohp_peft.adapters.layout import AdapterLayout
-from lohp_peft.adapters.writing import backbone_of, unwritable_options
+from lohp_peft.adapters.writing import backbone_of
 from lohp_peft.registration import ensure_peft_type
 from lohp_peft.tasks.task import read_json_lines
 
@@ -22,10 +22,12 @@ class RecordedLoraConfig(LoraConfig):
     """A `LoraConfig` that writes the record of a generation beside itself when it is saved."""
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and `lohp_provenance.json` and `head.safetensors` where there is a record."""
+        """Write `adapter_config.json`, and the record of the generation that wrote the weights beside it, if one did."""
         super().save_pretrained(save_directory, **kwargs)
         record = generation_record(self)
-        if record is not None:
+        if record is None:
+            remove_record(save_directory)
+        else:
             record.write(save_directory)
 
 
@@ -123,7 +125,9 @@ class LoHpConfig(LoraConfig):
     def to_lora_config(self) -> RecordedLoraConfig:
         """The plain LoRA that this is once its weights are written; it keeps the record of the generation."""
         names = {entry.name for entry in fields(LoraConfig) if entry.init} - _NOT_CARRIED_OVER
-        config = RecordedLoraConfig(**{name: getattr(self, name) for name in names})
+        # A start by name may have changed the base weights, which loading then has to do again.
+        init = self.init_lora_weights if isinstance(self.init_lora_weights, str) else True
+        config = RecordedLoraConfig(**{name: getattr(self, name) for name in names}, init_lora_weights=init)
         config.runtime_config = self.runtime_config
         keep_record(config, generation_record(self))
         return config
@@ -132,6 +136,7 @@ class LoHpConfig(LoraConfig):
         """Write this configuration, or that of a plain LoRA and the record once an adapter has been generated."""
         if generation_record(self) is None:
             super().save_pretrained(save_directory, **kwargs)
+            remove_record(save_directory)
         else:
             self.to_lora_config().save_pretrained(save_directory, **kwargs)
 
@@ -165,11 +170,13 @@ def follow_policy(config: LoHpConfig, model: nn.Module) -> None:
     layout = AdapterLayout.from_dict(policy.layout)
     _, prefix = backbone_of(model, layout)
     names = [prefix + spec.name for spec in layout.modules]
-    r, problems = policy.r, unwritable_options(config)
+    r, problems = policy.r, unsupported_options(config)
     for name in ("r", "lora_alpha"):
         if getattr(config, name) not in (_DEFAULT_RANK, r):
             problems.append(f"`{name}` is {getattr(config, name)}, the policy's is {r}")
         setattr(config, name, r)
+    if config.policy_steps is not None and config.policy_steps > policy.policy_steps:
+        problems.append(f"`policy_steps` is {config.policy_steps}, the policy has {policy.policy_steps}")
     if config.rank_pattern or config.alpha_pattern:
         problems.append(f"the policy has one rank and alpha, got {config.rank_pattern} and {config.alpha_pattern}")
     if config.target_modules is None:

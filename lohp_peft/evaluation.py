@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lohp_peft.baselines import AdamWBaseline
 from lohp_peft.fields import document_fields
-from lohp_peft.generation import GenerationConfig, encoder_for, generate_adapters
+from lohp_peft.generation import GenerationConfig, as_trained, encoder_for, generate_adapters, load_policy
 from lohp_peft.policy import LoHpPolicy, rollout
 from lohp_peft.tasks import Examples, Head, Task, TaskFeatures, TextEncoder, draw, solve_head, task_features
 from lohp_peft.tasks.encoder import EncodedTexts
@@ -64,7 +64,7 @@ class EvaluationConfig:
 
 
 def evaluate_tasks(
-    policy: LoHpPolicy,
+    policy: LoHpPolicy | str,
     base_model: nn.Module,
     tokenizer: Any,
     tasks: Sequence[Task],
@@ -83,7 +83,7 @@ def evaluate_tasks(
     the control and for `generated_raw`, which it is compared with; `generated` is the full product.
 
     Args:
-        policy: The policy.
+        policy: The policy or its name.
         base_model: Its base model.
         tokenizer: Its tokenizer.
         tasks: Tasks with splits train and test.
@@ -104,10 +104,12 @@ def evaluate_tasks(
     """
     config = config or EvaluationConfig(shots=shots, draws=draws, seed=seed)
     generation = generation or GenerationConfig()
+    policy = load_policy(policy)
     encoder = encoder_for(policy, base_model, tokenizer, generation.mixed_precision)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = {}
-    with Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True)) as progress:
+    shown = Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True))
+    with as_trained(policy, base_model), shown as progress:
         bar = progress.add_task("evaluation", total=len(tasks) * config.draws)
         for task in tasks:
             progress.update(bar, description=f"evaluation | {task.name}")

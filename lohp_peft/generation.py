@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,10 +19,12 @@ from lohp_peft.adapters.export import (
     provenance_of,
     save_plain_lora,
 )
+from lohp_peft.adapters.injection import evaluating
 from lohp_peft.adapters.layout import base_model_fingerprint, base_of
+from lohp_peft.adapters.writing import only_active
 from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConfig
 from lohp_peft.cards import write_adapter_card
-from lohp_peft.hub import PushReport, push_folder
+from lohp_peft.hub import PushReport, find_policy, push_folder
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, tokenizer_fingerprint
 from lohp_peft.tasks.requirements import check_base_model
@@ -184,6 +186,15 @@ class GeneratedAdapter:
             return push_folder(folder, repo_id, **kwargs)
 
 
+def load_policy(policy: LoHpPolicy | str) -> LoHpPolicy:
+    """A policy by its name, see `lohp_peft.hub.find_policy`, or the policy itself.
+
+    Raises:
+        ValueError: When there is no policy of that name.
+    """
+    return LoHpPolicy.from_pretrained(find_policy(policy)).eval() if isinstance(policy, str) else policy
+
+
 def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed_precision: str = "no") -> TextEncoder:
     """The encoder the policy was trained with, around `base_model`.
 
@@ -249,7 +260,7 @@ def read_support(support: Support) -> Examples:
 
 
 def generate_adapter(
-    policy: LoHpPolicy,
+    policy: LoHpPolicy | str,
     base_model: nn.Module,
     tokenizer: Any,
     support: Support,
@@ -258,7 +269,7 @@ def generate_adapter(
     """Generate the adapter of one task.
 
     Args:
-        policy: The policy.
+        policy: The policy or its name.
         base_model: Its base model, with or without a PEFT wrapper.
         tokenizer: Its tokenizer.
         support: `Examples`, a `datasets.Dataset`, or rows `{text[, text_b], label}`.
@@ -273,9 +284,17 @@ def generate_adapter(
     return generate_adapters(policy, base_model, tokenizer, [support], config)[0]
 
 
+@contextmanager
+def as_trained(policy: LoHpPolicy, base_model: nn.Module) -> Iterator[None]:
+    """A context in which the policy has no dropout and the base model none of the adapters that it may hold."""
+    with evaluating(policy), only_active(base_of(base_model), None):
+        yield
+
+
+@torch.inference_mode(False)  # gradient steps need gradients, and what is generated can be trained
 @torch.no_grad()
 def generate_adapters(
-    policy: LoHpPolicy,
+    policy: LoHpPolicy | str,
     base_model: nn.Module,
     tokenizer: Any,
     supports: Sequence[Support],
@@ -293,7 +312,7 @@ def generate_adapters(
     halves chose no better for two more passes over the texts).
 
     Args:
-        policy: The policy.
+        policy: The policy or its name.
         base_model: Its base model, with or without a PEFT wrapper.
         tokenizer: Its tokenizer.
         supports: One support set a task: `Examples`, a `datasets.Dataset`, or rows `{text[, text_b], label}`.
@@ -309,6 +328,7 @@ def generate_adapters(
     config = config or GenerationConfig()
     if not len(supports):
         raise ValueError("`supports` must hold at least one support set, got none.")
+    name, policy = policy if isinstance(policy, str) else None, load_policy(policy)
     if config.optimizer is not None and config.optimizer not in policy.config.optimizers:
         raise ValueError(
             f"`optimizer` must be one of the recorded {policy.config.optimizers}, got {config.optimizer!r}."
@@ -317,8 +337,7 @@ def generate_adapters(
     examples = [read_support(support) for support in supports]
     encoder = encoder or encoder_for(policy, base_model, tokenizer, config.mixed_precision)
     made = []
-    # An adapter that a `PeftModel` already holds is no part of what the policy was trained on.
-    with getattr(base_model, "disable_adapter", nullcontext)():
+    with as_trained(policy, base_model):
         job = CandidateSet(policy, encoder, examples, config)
         features = TaskFeatures.stack([job.features(i) for i in range(len(examples))])
         paths = job.rollout(features)
@@ -328,7 +347,7 @@ def generate_adapters(
     for i, (task, choice) in enumerate(zip(examples, choices, strict=True)):
         head = job.solve(embeddings[i], task.targets, task.n_classes)
         lora = policy.space.decode(choice.state)
-        report = _report(job, i, features, choice, seconds, lora)
+        report = _report(job, i, features, choice, seconds, lora, name)
         made.append(GeneratedAdapter(lora, choice.state, paths[i], head, task.label_names, report))
     return made
 
@@ -340,6 +359,7 @@ def _report(
     choice: Choice,
     seconds: float,
     lora: dict[str, tuple[Tensor, Tensor]],
+    name: str | None,
 ) -> GenerationReport:
     policy, examples, reference, state = job.policy, job.examples[i], job.policy.reference_set, choice.state
     nearest, distance = (
@@ -360,7 +380,7 @@ def _report(
         seconds=seconds,
         bytes=sum(x.nbytes for pair in lora.values() for x in pair),
         policy={
-            "name": policy.name_or_path,
+            "name": name or policy.name_or_path,
             "preset": policy.config.preset,
             "base_model": policy.config.base_model_name,
             "base_fingerprint": policy.config.base_fingerprint,

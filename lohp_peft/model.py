@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +18,14 @@ from lohp_peft.adapters.export import GenerationRecord
 from lohp_peft.adapters.writing import (
     backbone_of,
     check_writable,
+    classifier_columns,
     classifier_features,
     classifier_linear,
     only_active,
+    undone_on_error,
     write_adapter,
     write_classifier,
+    written_weights,
 )
 from lohp_peft.config import (
     LoHpConfig,
@@ -76,15 +80,17 @@ class LoHpModel(LoraModel):
                 PeftWarning,
                 stacklevel=2,
             )
-        if not isinstance(config, LoHpConfig) or not config.follows_policy or self._merging:
+        follows = isinstance(config, LoHpConfig) and config.follows_policy and not self._merging
+        if follows or generation_record(config) is not None:
+            # A copy, because one configuration may serve several models, of which another one was generated. For these
+            # tasks PEFT adds the head to the caller's `modules_to_save` after injection, so that list is shared.
+            if config.modules_to_save is None and config.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
+                config.modules_to_save = []
+            config = self.peft_config[adapter_name] = copy.copy(config)
+            keep_record(config, None)
+        if not follows:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        # A copy, because one configuration may serve several models. For these tasks PEFT adds the head to the caller's
-        # `modules_to_save` after injection, so that list is shared with the copy.
-        if config.modules_to_save is None and config.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
-            config.modules_to_save = []
-        config = self.peft_config[adapter_name] = copy.copy(config)
-        keep_record(config, None)
         follow_policy(config, model)
         inputs = None
         if config.support is not None and config.init_weights:
@@ -132,7 +138,8 @@ class LoHpModel(LoraModel):
         if isinstance(config, LoHpConfig) and any(parts.values()):
             config.support = None
             generated = {name: dict(record.provenance) for name, record in parts.items() if record is not None}
-            keep_record(config, GenerationRecord({"combined": dict(zip(adapters, weights, strict=True)), **generated}))
+            provenance = {"combined": dict(zip(adapters, weights, strict=True)), **generated}
+            keep_record(config, GenerationRecord(provenance, weights=written_weights(self.model, adapter_name)))
 
     def generate_adapter(
         self,
@@ -178,7 +185,10 @@ class LoHpModel(LoraModel):
         return report
 
     def adapter_head(self, adapter_name: str | None = None) -> Any:
-        """The closed-form head on pooled embeddings solved with `adapter_name` (the active one by default), or `None`."""
+        """The closed-form head on pooled embeddings solved with `adapter_name` (the active one by default), or `None`.
+
+        It is that of the weights as they were generated; further training leaves it behind.
+        """
         from lohp_peft.generation import Head
 
         record = generation_record(self.peft_config[self._one_adapter(adapter_name)])
@@ -256,16 +266,6 @@ def to_plain_lora(peft_model: PeftModel) -> PeftModel:
     return peft_model
 
 
-def load_policy(policy: "LoHpPolicy | str") -> "LoHpPolicy":
-    """A policy by its name, or the policy itself."""
-    if not isinstance(policy, str):
-        return policy
-    from lohp_peft.generation import LoHpPolicy
-    from lohp_peft.hub import find_policy
-
-    return LoHpPolicy.from_pretrained(find_policy(policy)).eval()
-
-
 def _generate(
     tuner: BaseTuner,
     adapter_name: str,
@@ -274,8 +274,8 @@ def _generate(
     tokenizer: Any,
     config: "GenerationConfig | None",
 ) -> "tuple[GenerationReport, GenerationRecord]":
-    """Generate, check everything first, then write the weights and the classifier."""
-    from lohp_peft.generation import encoder_for, generate_adapters, read_support
+    """Generate, check everything first, then write the weights and the classifier, or neither."""
+    from lohp_peft.generation import encoder_for, generate_adapters, load_policy, read_support
     from lohp_peft.tasks import solve_head
 
     peft_config, model = tuner.peft_config[adapter_name], tuner.model
@@ -287,30 +287,28 @@ def _generate(
     layers = check_writable(model, names, policy.config.r, adapter_name, peft_config)
     linear, columns = None, []
     if _is_classifier(peft_config):
-        columns = _columns(model.config, examples.label_names)
+        columns = _columns(model, examples.label_names)
         linear = classifier_linear(model, adapter_name, model.config.num_labels)
-        if getattr(model.config, "pad_token_id", None) is None:
-            raise ValueError(
-                f"{type(model).__name__} has no padding token, by which it tells where a text ends; set "
-                "`model.config.pad_token_id = tokenizer.pad_token_id`."
-            )
     with only_active(model, None):
         encoder = encoder_for(policy, backbone, tokenizer, "no" if config is None else config.mixed_precision)
         (made,) = generate_adapters(policy, backbone, tokenizer, [examples], config, encoder=encoder)
-    write_adapter(layers, {prefix + key: pair for key, pair in made.lora.items()}, adapter_name, peft_config)
-    if linear is None:
-        is_language_model = peft_config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-        return made.report, made.record(policy_name=name, head=not is_language_model)
-    with only_active(model, adapter_name):
-        features = classifier_features(model, linear, _batches(tokenizer, examples, encoder))
-    kind = made.report.config["head"] or policy.config.head
-    labels = torch.tensor(columns, device=features.device)[examples.targets.to(features.device)]
-    head = solve_head(features, labels, model.config.num_labels, kind, ridge=policy.config.ridge)
-    write_classifier(linear, features, head.weight, head.bias)
-    label_names = [str(model.config.id2label.get(i, i)) for i in range(model.config.num_labels)]
-    for column, label in zip(columns, examples.label_names, strict=True):
-        label_names[column] = label
-    return made.report, made.record(policy_name=name, head=False, label_names=label_names)
+    with undone_on_error(layers, adapter_name):
+        write_adapter(layers, {prefix + key: pair for key, pair in made.lora.items()}, adapter_name, peft_config)
+        if linear is None:
+            is_language_model = peft_config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+            record = made.record(policy_name=name, head=not is_language_model)
+        else:
+            with only_active(model, adapter_name):
+                features = classifier_features(model, linear, _batches(tokenizer, examples, encoder))
+            kind = made.report.config["head"] or policy.config.head
+            labels = torch.tensor(columns, device=features.device)[examples.targets.to(features.device)]
+            head = solve_head(features, labels, model.config.num_labels, kind, ridge=policy.config.ridge)
+            write_classifier(linear, features, head.weight, head.bias)
+            label_names = [str(model.config.id2label.get(i, i)) for i in range(model.config.num_labels)]
+            for column, label in zip(columns, examples.label_names, strict=True):
+                label_names[column] = label
+            record = made.record(policy_name=name, head=False, label_names=label_names)
+    return made.report, replace(record, weights=written_weights(model, adapter_name, linear))
 
 
 def _tokenizer_of(model: nn.Module) -> Any:
@@ -326,24 +324,14 @@ def _tokenizer_of(model: nn.Module) -> Any:
         raise ValueError(f"No tokenizer was found with base model {name!r}; pass `tokenizer`. ({error})") from error
 
 
-def _columns(config: Any, label_names: Sequence[str]) -> list[int]:
-    """The model's class index of each label: by its name, by its number, or in order.
-
-    Raises:
-        ValueError: When the labels do not fit the model's classes, naming both.
-    """
-    known = {str(name): int(i) for i, name in config.id2label.items()}
-    if all(name in known for name in label_names):
-        return [known[name] for name in label_names]
-    numbers = [int(name) if name.isdecimal() else -1 for name in label_names]
-    if all(0 <= number < config.num_labels for number in numbers):
-        return numbers
-    if len(label_names) == config.num_labels > 1:
-        return list(range(len(label_names)))
-    raise ValueError(
-        f"The support set has the labels {list(label_names)}, the model {config.num_labels} classes ({sorted(known)}). "
-        f"Load the model with num_labels={len(label_names)}, or with an id2label that names these labels."
-    )
+def _columns(model: nn.Module, label_names: Sequence[str]) -> list[int]:
+    """The class index of each label in a sequence classification model, which must be able to read batches."""
+    if getattr(model.config, "pad_token_id", None) is None:
+        raise ValueError(
+            f"{type(model).__name__} has no padding token, by which it tells where a text ends; set "
+            "`model.config.pad_token_id = tokenizer.pad_token_id`."
+        )
+    return classifier_columns(model.config, label_names)
 
 
 def _batches(tokenizer: Any, examples: Any, encoder: Any) -> Iterator[Any]:
@@ -368,13 +356,13 @@ def _has_meta(model: nn.Module) -> bool:
 
 def _generation_inputs(config: LoHpConfig, model: nn.Module) -> dict[str, Any]:
     """Policy, support set and tokenizer of a generation at injection, checked against the model."""
-    from lohp_peft.generation import encoder_for, read_support
+    from lohp_peft.generation import encoder_for, load_policy, read_support
 
     policy, tokenizer = load_policy(config.policy_id or ""), _tokenizer_of(model)
     support = read_support(read_support_file(config.support or ""))
     encoder_for(policy, backbone_of(model, policy.layout)[0], tokenizer)
     if _is_classifier(config):
-        _columns(model.config, support.label_names)
+        _columns(model, support.label_names)
     return {"policy": policy, "support": support, "tokenizer": tokenizer}
 
 

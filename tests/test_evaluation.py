@@ -1,7 +1,9 @@
+import copy
 import json
 
 import pytest
 import torch
+from peft import LoraConfig
 from rich.console import Console
 
 from lohp_peft import evaluation
@@ -53,6 +55,27 @@ def test_the_json_has_every_method_of_every_task(results):
             assert entry["accuracy"] == pytest.approx(sum(entry["per_draw"]) / 2)
             assert 0 <= entry["macro_f1"] <= 1
             assert entry["seconds"] > 0
+
+
+def test_a_policy_by_its_name(policy, encoder, results, tmp_path):
+    policy.save_pretrained(tmp_path)
+    config = EvaluationConfig(shots=6, draws=2, seed=3, methods=("generated_raw",))
+    found = evaluate_tasks(
+        str(tmp_path), encoder.base_model, encoder.tokenizer, TASKS[:1], console=QUIET, config=config
+    )["tasks"]["spam"]["generated_raw"]
+    assert found["per_draw"] == results["tasks"]["spam"]["generated_raw"]["per_draw"]
+
+
+def test_neither_the_policys_dropout_nor_an_adapter_that_is_held_counts(policy, encoder, results):
+    """Methods other than AdamW, which has random numbers of its own."""
+    other, model = copy.deepcopy(policy).train(), copy.deepcopy(encoder.base_model)
+    model.add_adapter(LoraConfig(target_modules=["query"], init_lora_weights=False))
+    methods = tuple(name for name in METHODS if name != "adamw")
+    config = EvaluationConfig(shots=6, draws=2, seed=3, methods=methods)
+    found = evaluate_tasks(other, model, encoder.tokenizer, TASKS[:1], console=QUIET, config=config)["tasks"]["spam"]
+    assert {name: found[name]["per_draw"] for name in methods} == {
+        name: results["tasks"]["spam"][name]["per_draw"] for name in methods
+    }
 
 
 def test_the_notes_say_where_adapters_came_from(results):

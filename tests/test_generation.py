@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.nn.functional import normalize
 from transformers import BertTokenizer
 
@@ -353,6 +354,62 @@ def test_a_peft_model_gives_what_its_base_model_gives(generate, policy, encoder)
                 parameter.add_(1.0)
     made = generate_adapter(policy, wrapped, encoder.tokenizer, SUPPORTS[0])
     assert_same(made, expected, exact=False)
+
+
+def test_a_policy_by_its_name(generate, policy, encoder, tmp_path, monkeypatch):
+    (expected,) = generate(SUPPORTS[:1])
+    policy.save_pretrained(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    made = generate_adapter("mine", encoder.base_model, encoder.tokenizer, SUPPORTS[0])
+    assert_same(made, expected)
+    assert made.record().provenance["policy"] == made.report.policy["name"] == "mine"
+    with pytest.raises(ValueError, match="Policy 'absent' is none of: 'shipped', an existing folder"):
+        generate_adapter("absent", encoder.base_model, encoder.tokenizer, SUPPORTS[0])
+
+
+def test_a_policy_on_the_hub_is_recorded_with_its_commit(policy, encoder, tmp_path, monkeypatch):
+    folder, revision = tmp_path / "snapshots" / "abc", "0" * 40
+    policy.save_pretrained(folder)
+    monkeypatch.setattr("lohp_peft.generation.find_policy", lambda _name: folder)
+    made = generate_adapter(f"me/mine@{revision}", encoder.base_model, encoder.tokenizer, SUPPORTS[0])
+    provenance = made.record().provenance
+    assert (provenance["policy"], provenance["revision"]) == ("me/mine", revision)
+
+
+@pytest.mark.parametrize("how", ["transformers", "unwrapped", "compiled"])
+def test_an_adapter_that_is_held_in_another_way_does_not_count_either(how, generate, policy, encoder):
+    (expected,) = generate(SUPPORTS[:1])
+    model, config = copy.deepcopy(encoder.base_model), LoraConfig(target_modules=["query"], init_lora_weights=False)
+    if how == "transformers":
+        model.add_adapter(config)
+    else:
+        model = get_peft_model(model, config)
+        model = model.get_base_model() if how == "unwrapped" else torch.compile(model, backend="eager")
+    assert_same(generate_adapter(policy, model, encoder.tokenizer, SUPPORTS[0]), expected)
+    held = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    assert held
+    assert not any(layer.disable_adapters for layer in held)
+
+
+def test_a_policy_in_training_mode_generates_without_dropout(generate, policy):
+    raw = GenerationConfig(choose=False)
+    (expected,) = generate(SUPPORTS[:1], raw)
+    other = copy.deepcopy(policy).train()
+    other.log_flow_network.eval()
+    before = {name: module.training for name, module in other.named_modules()}
+    assert_same(generate(SUPPORTS[:1], raw, other)[0], expected)
+    assert {name: module.training for name, module in other.named_modules()} == before
+
+
+def test_in_inference_mode_the_same_is_generated_and_can_be_trained(generate):
+    config = GenerationConfig(gradient_steps=2, gradient_margin=-100.0)
+    (expected,) = generate(SUPPORTS[:1], config)
+    with torch.inference_mode():
+        (made,) = generate(SUPPORTS[:1], config)
+    assert_same(made, expected)
+    assert expected.report.gradient_steps
+    tensors = [made.state, made.path, made.head.weight, *(x for pair in made.lora.values() for x in pair)]
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in tensors)
 
 
 @pytest.mark.parametrize("name", ["generated", "none", "mean", "half generated, half mean"])

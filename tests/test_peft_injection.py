@@ -56,6 +56,35 @@ def test_a_support_set_that_does_not_do_leaves_the_model_alone(world, base, tmp_
     assert names(base) == before
 
 
+@pytest.mark.parametrize("support", [True, False])
+def test_more_steps_than_the_policy_has_leave_the_model_alone(support, world, base):
+    before = names(base)
+    fields = {} if support else {"support": None}
+    with pytest.raises(ValueError, match="`policy_steps` is 99, the policy has 2"):
+        get_peft_model(base, configuration(world, policy_steps=99, **fields))
+    assert names(base) == before
+    get_peft_model(base, configuration(world, policy_steps=2, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pad_token_id": None}, "has no padding token"),
+        ({"num_labels": 3}, "the model 3 classes"),
+        ({"id2label": {0: "left", 1: "right"}}, "labels .'bad', 'good'., the model 2 classes .*'left'.*'right'"),
+    ],
+)
+def test_a_classifier_that_does_not_fit_is_left_alone(fields, message, world, tmp_path):
+    tiny.build_bert_classifier().save_pretrained(tmp_path)
+    tiny.build_tokenizer().save_pretrained(tmp_path)
+    options = {"ignore_mismatched_sizes": True, **fields}
+    base = type(tiny.build_bert_classifier()).from_pretrained(tmp_path, **options)
+    before = names(base)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, configuration(world, task_type="SEQ_CLS"))
+    assert names(base) == before
+
+
 def test_a_missing_tokenizer_leaves_the_model_alone(world):
     base = tiny.build_bert()
     before = names(base)

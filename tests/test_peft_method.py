@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ import lohp_peft
 import tiny_world as tiny
 from lohp_peft import GenerationConfig, LoHpConfig, LoHpModel, generate_adapter, initialize_lohp_weights
 from lohp_peft.adapters import injected
+from lohp_peft.adapters.writing import classifier_columns
+from lohp_peft.config import generation_record
 from lohp_peft.registration import ensure_peft_type
 from lohp_peft.tasks import solve_head
 
@@ -329,6 +332,27 @@ def test_a_plain_lora_of_larger_rank_and_more_modules(policy, tokenizer, batch):
     assert "_generation_record" not in config.__dict__
 
 
+@pytest.mark.parametrize("kind", ["ours", "plain", "dora", "classifier"])
+def test_what_was_generated_in_inference_mode_can_be_trained(kind, policy, policy_folder, tokenizer, batch):
+    states = []
+    for in_inference_mode in (False, True):
+        if kind in ("plain", "dora"):
+            config = LoraConfig(r=2, target_modules=["query", "value"], use_dora=kind == "dora")
+        else:
+            config = LoHpConfig(policy=policy_folder, task_type="SEQ_CLS" if kind == "classifier" else None)
+        base = tiny.build_bert_classifier() if kind == "classifier" else tiny.build_bert()
+        torch.manual_seed(0)
+        model = get_peft_model(base, config)
+        with torch.inference_mode(in_inference_mode):
+            initialize_lohp_weights(model, policy, ROWS, tokenizer=tokenizer, config=RAW)
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[0][name]) for name, value in states[1].items())
+    model.train()(**batch)[0].square().sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and "pooler" not in name}
+    assert trained
+    assert all(gradient is not None and gradient.any() for gradient in trained.values())
+
+
 def test_everything_that_stands_in_the_way_is_named(policy, tokenizer):
     def initialize(model, **changes):
         initialize_lohp_weights(model, policy, ROWS, **{"tokenizer": tokenizer, "config": RAW, **changes})
@@ -425,6 +449,69 @@ def test_labels_follow_the_model(tokenizer):
     assert (wide[:, 1] < -50).all()
     with pytest.raises(ValueError, match=r"has the labels \['bad', 'good'\], the model 3 classes"):
         predictions(tiny.build_bert_classifier(num_labels=3), rows)
+    others = {"id2label": {0: "GOOD", 1: "Bad"}, "label2id": {"GOOD": 0, "Bad": 1}}
+    torch.testing.assert_close(predictions(tiny.build_bert_classifier(**others), rows), renamed)
+    for names in ("positive", "negative"), ("good", "LABEL_1"), ("good", "Good"):
+        base = tiny.build_bert_classifier(
+            id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
+        )
+        with pytest.raises(ValueError, match=f"labels .'bad', 'good'., the model 2 classes .*{names[0]}.*{names[1]}"):
+            predictions(base, rows)
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "columns"),
+    [
+        (["no", "yes"], ["yes", "no"], [1, 0]),
+        (["No", "YES"], ["yes", "no"], [1, 0]),
+        (["a", "A"], ["A", "a"], [1, 0]),
+        (["LABEL_0", "LABEL_1"], ["yes", "no"], [0, 1]),
+        (["LABEL_0", "LABEL_1"], ["LABEL_1", "LABEL_0"], [1, 0]),
+        (["x", "y", "z"], ["2", "0"], [2, 0]),
+        (["1", "0"], ["0", "1"], [1, 0]),
+        (["No", "yes"], ["no", "No"], None),
+        (["No", "NO", "yes"], ["no", "yes"], None),
+        (["LABEL_0", "LABEL_1"], ["1", "01"], [0, 1]),
+        (["x", "y"], ["1", "01"], None),
+        (["x", "y"], ["1", "2"], None),
+        (["x", "y"], ["a", "b"], None),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["a", "b"], None),
+    ],
+)
+def test_columns_of_labels(classes, labels, columns):
+    config = SimpleNamespace(id2label=dict(enumerate(classes)), num_labels=len(classes))
+    if columns is None:
+        with pytest.raises(ValueError, match=f"the model {len(classes)} classes"):
+            classifier_columns(config, labels)
+    else:
+        assert classifier_columns(config, labels) == columns
+
+
+@pytest.mark.parametrize("what", ["classifier_features", "solve_head", "write_classifier"])
+@pytest.mark.parametrize(("use_dora", "lean"), [(False, False), (True, False), (False, True)])
+def test_a_generation_that_fails_halfway_leaves_the_adapter_as_it_was(
+    what, use_dora, lean, policy_folder, tokenizer, monkeypatch
+):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("out of memory")
+
+    config = LoHpConfig(policy=policy_folder, task_type="SEQ_CLS", use_dora=use_dora)
+    model = get_peft_model(tiny.build_bert_classifier(), config, low_cpu_mem_usage=lean)
+    if not lean:
+        model.generate_adapter(tiny.build_rows(seed=5), tokenizer=tokenizer, config=RAW)
+    before = {name: tensor if tensor.is_meta else tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    record = generation_record(model.peft_config["default"])
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lohp_peft.{'tasks' if what == 'solve_head' else 'model'}.{what}", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
+    for name, tensor in model.state_dict().items():
+        assert tensor.is_meta == before[name].is_meta
+        assert tensor.is_meta or torch.equal(tensor, before[name]), name
+    assert all(p is trained[name] for name, p in model.named_parameters() if p.requires_grad)
+    assert generation_record(model.peft_config["default"]) is record
+    assert model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW).chosen == "generated"
 
 
 def test_language_models_can_be_adapted_without_a_head(tokenizer):
@@ -526,7 +613,7 @@ def test_combining_generated_adapters_does_not_run_the_policy(
     model.add_adapter("other", LoHpConfig(policy=policy_folder))
     model.generate_adapter(tiny.build_rows(seed=5), tokenizer=tokenizer, adapter_name="other", config=RAW)
     parts = updates(model), updates(model, "other")
-    monkeypatch.setattr("lohp_peft.model.load_policy", lambda _policy: pytest.fail("the policy was loaded"))
+    monkeypatch.setattr("lohp_peft.generation.load_policy", lambda _policy: pytest.fail("the policy was loaded"))
     model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type=combination)
     combined = updates(model, "both")
     if combination != "linear":

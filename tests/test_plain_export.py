@@ -1,7 +1,9 @@
 """What is saved after a generation is an ordinary LoRA: it loads, bit for bit, where this package does not exist."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,8 @@ from lohp_peft import (
 )
 from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, save_plain_lora
 from lohp_peft.adapters.importing import read_plain_lora
+from lohp_peft.cards import write_adapter_card
+from lohp_peft.config import RecordedLoraConfig
 from lohp_peft.hub import check_folder
 
 RAW = GenerationConfig(choose=False)
@@ -41,6 +45,8 @@ PROVENANCE = {
     "pooling",
     "max_length",
 }
+
+RECORD = {"lohp_provenance.json", "head.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -307,11 +313,14 @@ def test_uniform_export_of_patterns(tokenizer, tmp_path):
 
 def test_what_a_uniform_lora_cannot_hold(policy, tokenizer, tmp_path):
     config = LoraConfig(target_modules=["query"], use_dora=True, init_lora_weights=False)
-    with pytest.raises(ValueError, match="cannot hold 2 modules.*Dora"):
+    with pytest.raises(ValueError, match="cannot hold adapter 'default'.*Dora"):
         save_uniform_lora(get_peft_model(tiny.build_bert(), config), tmp_path / "dora")
     embedding = get_peft_model(tiny.build_bert(), LoraConfig(target_modules=["word_embeddings"]))
-    with pytest.raises(ValueError, match="cannot hold 1 modules.*embedding"):
+    with pytest.raises(ValueError, match="cannot hold adapter 'default'.*embedding"):
         save_uniform_lora(embedding, tmp_path / "embedding")
+    every = LoraConfig(target_modules=["query"], lora_bias=True, bias="all", trainable_token_indices=[5])
+    with pytest.raises(ValueError, match="lora_bias=True.*bias='all'.*trainable_token_indices.*query: has lora_bias"):
+        save_uniform_lora(get_peft_model(tiny.build_bert(), every), tmp_path / "options")
     fresh = get_peft_model(tiny.build_bert(), LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match="every update is zero"):
         save_uniform_lora(fresh, tmp_path / "zero")
@@ -320,6 +329,43 @@ def test_what_a_uniform_lora_cannot_hold(policy, tokenizer, tmp_path):
     with pytest.raises(TypeError, match="PeftModel"):
         save_uniform_lora(tiny.build_bert(), tmp_path / "none")
     assert not list(tmp_path.iterdir())
+
+
+def trained(config, change=""):
+    """A model with this configuration, whose trained parameters named like `change` differ from their start."""
+    model = get_peft_model(tiny.build_bert(), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ("lora_B" in name or (change and name.endswith(change))):
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("fields", "change", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "", "init_lora_weights='pissa' changes the base weights"),
+        ({"init_lora_weights": "olora"}, "", "init_lora_weights='olora' changes the base weights"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "", "another base model"),
+        ({"bias": "all"}, "bias", "bias='all' trains biases"),
+        ({"bias": "lora_only"}, "bias", "bias='lora_only' trains biases"),
+        ({"trainable_token_indices": list(range(5, 25))}, "default", "trainable_token_indices trains embeddings"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_uniform_lora_is_refused_where_it_would_compute_something_else(fields, change, message, tmp_path):
+    model = trained(LoraConfig(r=2, target_modules=["query", "value"], **fields), change)
+    with pytest.raises(ValueError, match=message):
+        save_uniform_lora(model, tmp_path / "uniform")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", True])
+def test_a_start_that_changed_the_base_weights_survives_the_turn_into_plain_lora(init, tokenizer, tmp_path):
+    model = trained(LoHpConfig(r=2, target_modules=["query", "value"], init_lora_weights=init))
+    wanted = outputs(model, tokenizer)
+    to_plain_lora(model).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["init_lora_weights"] == init
+    assert torch.equal(outputs(PeftModel.from_pretrained(tiny.build_bert(), tmp_path), tokenizer), wanted)
 
 
 def test_everything_wrong_with_an_adapter_is_named(tmp_path):
@@ -343,6 +389,122 @@ def test_a_head_of_before_does_not_stay(tmp_path):
     assert (tmp_path / "head.safetensors").exists()
     GenerationRecord({"seed": 1}).write(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"lohp_provenance.json"}
+
+
+def test_a_plain_adapter_without_a_record_leaves_none_of_before(policy, tokenizer, tmp_path):
+    made = generate_adapter(policy, tiny.build_bert(), tokenizer, ROWS, RAW)
+    made.save_pretrained(tmp_path)
+    names = [spec.name for spec in policy.layout.modules]
+    save_plain_lora(tmp_path, made.lora, plain_lora_config("someone/tiny", names, 2))
+    assert not RECORD & {path.name for path in tmp_path.iterdir()}
+
+
+# What the record tells of
+
+
+def recorded(folder):
+    """What a folder tells of a generation: all, that the weights have changed since, or nothing."""
+    found = RECORD & {path.name for path in folder.iterdir()}
+    if not found:
+        return "nothing"
+    changed = json.loads((folder / "lohp_provenance.json").read_text()).get("weights_changed", False)
+    assert found == ({"lohp_provenance.json"} if changed else RECORD)
+    return "changed" if changed else "all"
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return recorded(folder)
+
+
+def step(model, tokenizer):
+    batch = tokenizer([row["text"] for row in ROWS], padding=True, return_tensors="pt")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    model.train()(**batch).last_hidden_state.square().mean().backward()
+    optimizer.step()
+
+
+def through_data(model, _tokenizer):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data + 1e-4
+
+
+def only_a_magnitude(model, _tokenizer):
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(1.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [(step, {}), (through_data, {}), (step, {"use_dora": True}), (only_a_magnitude, {"use_dora": True})],
+    ids=["one step", "data", "dora", "magnitude"],
+)
+def test_training_further_is_told_and_leaves_the_head_out(change, fields, folders, tokenizer, tmp_path):
+    model = generated(folders, "encoder", tokenizer, **fields)
+    assert saved(model, tmp_path) == "all"
+    change(model, tokenizer)
+    assert saved(model, tmp_path) == "changed"
+    card = write_adapter_card(tmp_path).read_text()
+    assert "have changed since" in card
+    assert "forward-only" not in card
+    model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
+    assert saved(model, tmp_path) == "all"
+
+
+def test_a_classifier_that_was_trained_is_told(folders, tokenizer, tmp_path):
+    model = generated(folders, "classifier", tokenizer)
+    model.save_pretrained(tmp_path)
+    assert "weights_changed" not in json.loads((tmp_path / "lohp_provenance.json").read_text())
+    model.get_base_model().classifier.modules_to_save["default"].weight.data.mul_(1.1)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "lohp_provenance.json").read_text())["weights_changed"] is True
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_what_does_not_change_the_weights_keeps_the_record(dtype, folders, tokenizer, tmp_path):
+    model = generated(folders, "encoder", tokenizer)
+    model.load_state_dict(model.state_dict())
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert saved(model, tmp_path / "merged") == "all"
+    for name, other in {"copied": copy.deepcopy(model), "pickled": pickle.loads(pickle.dumps(model))}.items():
+        assert saved(other, tmp_path / name) == "all"
+        step(other, tokenizer)
+        assert saved(other, tmp_path / name) == "changed"
+    assert saved(model.to(dtype), tmp_path / "cast") == "all"
+    assert saved(model.float(), tmp_path / "back") == "all"
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    assert saved(model, tmp_path / "replaced") == "all"
+
+
+def test_other_weights_loaded_over_it_are_told(folders, tokenizer, tmp_path):
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["query", "value"], init_lora_weights=False)
+    get_peft_model(tiny.build_bert(), config).save_pretrained(tmp_path / "other")
+    model = generated(folders, "encoder", tokenizer)
+    model.load_adapter(tmp_path / "other", "default")
+    assert saved(model, tmp_path / "mixed") == "changed"
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_configuration_used_again_takes_no_record_along(plain, folders, tokenizer, tmp_path):
+    model = generated(folders, "encoder", tokenizer)
+    model = to_plain_lora(model) if plain else model
+    config = model.peft_config["default"]
+    model.add_adapter("b", config)
+    assert saved(get_peft_model(tiny.build_bert(), config), tmp_path / "fresh") == "nothing"
+    assert saved(model, tmp_path / "both") == "all"
+    assert recorded(tmp_path / "both" / "b") == "nothing"
+
+
+def test_an_adapter_without_a_record_leaves_none_of_before(folders, tokenizer, tmp_path):
+    assert saved(generated(folders, "encoder", tokenizer), tmp_path) == "all"
+    fresh = get_peft_model(AutoModel.from_pretrained(folders / "encoder"), LoHpConfig(policy=str(folders / "policy")))
+    assert saved(fresh, tmp_path) == "nothing"
+    assert saved(generated(folders, "encoder", tokenizer), tmp_path) == "all"
+    RecordedLoraConfig(target_modules=["query"]).save_pretrained(tmp_path)
+    assert recorded(tmp_path) == "nothing"
 
 
 def test_public_names_are_sorted_and_documented():

@@ -1,5 +1,6 @@
 """Generated adapters as plain LoRA folders, which load without this package."""
 
+import hashlib
 import json
 import math
 import os
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import Adapter
-from lohp_peft.files import write_atomically
+from lohp_peft.files import read_tensors, write_atomically
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
 PROVENANCE_FILE = "lohp_provenance.json"
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+Fingerprints = Mapping[torch.dtype, frozenset[str]]
+"""Of a set of tensors, see `fingerprints`."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +35,68 @@ class GenerationRecord:
     Args:
         provenance: Values that JSON can hold; no texts.
         head: `weight` (classes, d) and `bias` (classes,) of the classifier on pooled embeddings, or `None`.
+        weights: Fingerprints of the weights that it tells of; `None` where they are sure to lie in the folder.
     """
 
     provenance: Mapping[str, Any]
     head: Mapping[str, Tensor] | None = None
+    weights: Fingerprints | None = None
 
     def write(self, folder: str | os.PathLike) -> None:
-        """Write `lohp_provenance.json` and, where there is a head, `head.safetensors`; a head of before is removed."""
-        folder = Path(folder)
-        text = json.dumps(self.provenance, indent=2, allow_nan=False)
+        """Write `lohp_provenance.json` and, where there is a head, `head.safetensors`, beside the weights they tell of.
+
+        A configuration is saved without a word on what became of the weights, so those in `adapter_model.safetensors`
+        are asked. Where they have changed since, the head is left out and the provenance says `weights_changed`; where
+        there are none, or they still change nothing, nothing is written. A record of before is removed.
+        """
+        folder, provenance, head = Path(folder), self.provenance, self.head
+        if self.weights is not None:
+            path = folder / WEIGHTS_FILE
+            saved = read_tensors(path)[0] if path.exists() else {}
+            if not _holds(saved.values(), self.weights):
+                if not any(tensor.any() for name, tensor in saved.items() if ".lora_B" in name):
+                    remove_record(folder)
+                    return
+                provenance, head = {**provenance, "weights_changed": True}, None
+        text = json.dumps(provenance, indent=2, allow_nan=False)
         write_atomically(folder / PROVENANCE_FILE, (text + "\n").encode())
-        if self.head is None:
+        if head is None:
             (folder / HEAD_FILE).unlink(missing_ok=True)
         else:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.items()}
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.items()}
             write_atomically(folder / HEAD_FILE, save(tensors, metadata={"format": "pt"}))
+
+
+def remove_record(folder: str | os.PathLike) -> None:
+    """Remove what a `GenerationRecord` wrote into `folder`, which belongs to an adapter of before."""
+    for name in (PROVENANCE_FILE, HEAD_FILE):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def fingerprints(tensors: Iterable[Tensor], exact: bool = False) -> Fingerprints:
+    """By type the SHA-256 of shape and values of each tensor in that type.
+
+    In the half-precision types too, so that weights that were cast to one are still the same. (Ours: a version counter
+    would miss optimizers that write `.data`, and would count a checkpoint of the same weights as a change.)
+
+    Args:
+        tensors: The tensors.
+        exact: Leave out, by type, tensors that it does not hold exactly.
+    """
+    found: dict[torch.dtype, set[str]] = {torch.float32: set(), torch.bfloat16: set(), torch.float16: set()}
+    for tensor in tensors:
+        tensor = tensor.detach().cpu()
+        for dtype, digests in found.items():
+            cast = tensor.to(dtype)
+            if not exact or torch.equal(cast.to(tensor.dtype), tensor):
+                values = cast.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                digests.add(hashlib.sha256(f"{tuple(tensor.shape)}".encode() + values).hexdigest())
+    return {dtype: frozenset(digests) for dtype, digests in found.items()}
+
+
+def _holds(tensors: Iterable[Tensor], weights: Fingerprints) -> bool:
+    found = fingerprints(tensors, exact=True)
+    return any(digests <= found[dtype] for dtype, digests in weights.items())
 
 
 def plain_lora_config(
@@ -108,7 +159,7 @@ def save_plain_lora(
         folder: Folder to write; created when it does not exist.
         adapter: By module name `lora_A` (rank, d_in) and `lora_B` (d_out, rank) with the scaling folded in.
         config: From `plain_lora_config`.
-        record: Provenance and head to write beside it.
+        record: Provenance and head to write beside it; those of an adapter of before are removed.
         allow_identity: Whether an adapter that changes nothing may be written, as after an abstention.
 
     Returns:
@@ -130,7 +181,9 @@ def save_plain_lora(
     data = save(plain_lora_tensors(adapter, config.r), metadata={"format": "pt"})
     write_atomically(folder / WEIGHTS_FILE, data)
     config.save_pretrained(str(folder))
-    if record is not None:
+    if record is None:
+        remove_record(folder)
+    else:
         record.write(folder)
     return folder
 
@@ -156,7 +209,12 @@ def save_uniform_lora(model: PeftModel, folder: str | os.PathLike, adapter_name:
         raise TypeError(f"Only adapters of a PeftModel can be exported, got {type(model).__name__}.")
     if adapter_name not in model.peft_config:
         raise ValueError(f"`adapter_name` must be one of {sorted(model.peft_config)}, got {adapter_name!r}.")
-    adapter, problems = {}, []
+    current = model.peft_config[adapter_name]
+    adapter, problems = {}, unsupported_options(current)
+    if current.bias != "none":
+        problems.append(f"bias={current.bias!r} trains biases of the base model")
+    if current.trainable_token_indices:
+        problems.append("trainable_token_indices trains embeddings of the base model")
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.scaling:
             continue
@@ -168,13 +226,26 @@ def save_uniform_lora(model: PeftModel, folder: str | os.PathLike, adapter_name:
         a, b = (side[adapter_name].weight.detach().to(dtype) for side in (layer.lora_A, layer.lora_B))
         adapter[name] = (a, b * layer.scaling[adapter_name])
     if problems:
-        raise ValueError(f"A uniform LoRA cannot hold {len(problems)} modules: {'; '.join(problems)}.")
+        raise ValueError(f"A uniform LoRA cannot hold adapter {adapter_name!r}: {'; '.join(problems)}.")
     rank = max((a.shape[0] for a, _ in adapter.values()), default=1)
-    current = model.peft_config[adapter_name]
     name = current.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None) or None
     task_type = current.task_type if current.modules_to_save is None else None
     config = plain_lora_config(name, adapter, rank, task_type, fan_in_fan_out=current.fan_in_fan_out)
     return save_plain_lora(folder, adapter, config)
+
+
+def unsupported_options(config: LoraConfig) -> list[str]:
+    """Options of a configuration under which `scaling * B @ A` is not all that an adapter does, with reasons."""
+    init, problems = config.init_lora_weights, []
+    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
+        problems.append(f"init_lora_weights={init!r} changes the base weights")
+    if config.layer_replication:
+        problems.append("layer_replication makes another base model")
+    if config.lora_bias:
+        problems.append("lora_bias=True adds a bias that no policy generates")
+    if config.alora_invocation_tokens:
+        problems.append("alora_invocation_tokens leaves the adapter out of the tokens before them")
+    return problems
 
 
 def unsupported(layer: LoraLayer, adapter_name: str) -> str | None:

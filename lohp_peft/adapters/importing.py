@@ -8,7 +8,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from lohp_peft.adapters.writing import BASE_CHANGING_INITS
+from lohp_peft.adapters.export import BASE_CHANGING_INITS
 from lohp_peft.files import FLOAT_TYPES, read_json, read_tensors
 
 CONFIG_FILE = "adapter_config.json"

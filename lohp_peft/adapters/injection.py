@@ -10,6 +10,18 @@ from lohp_peft.adapters.space import WeightSpace
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which all of `model` is in evaluation mode; what was in training is so again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def injected(model: nn.Module, space: WeightSpace, states: Tensor, owner: Tensor | None = None) -> Iterator[None]:
     """A context in which the updates of `states` are added to the outputs of the target modules.
 

@@ -1,6 +1,6 @@
 """Writing adapters into the LoRA layers of a model, and closed-form heads into its classifier."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,10 @@ from peft.utils.integrations import get_bnb_param_type
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lohp_peft.adapters.export import unsupported
+from lohp_peft.adapters.export import Fingerprints, fingerprints, unsupported, unsupported_options
+from lohp_peft.adapters.injection import evaluating
 from lohp_peft.adapters.layout import AdapterLayout, linear_shape
 from lohp_peft.adapters.space import Adapter
-
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @contextmanager
@@ -36,20 +35,6 @@ def only_active(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
             module._disable_adapters, module._active_adapter = disabled, active
 
 
-def unwritable_options(config: LoraConfig) -> list[str]:
-    """Options of a configuration under which generated weights would not be what the policy meant, with reasons."""
-    init, problems = config.init_lora_weights, []
-    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
-        problems.append(f"init_lora_weights={init!r} changes the base weights the policy was trained on")
-    if config.layer_replication:
-        problems.append("layer_replication makes another base model than the policy was trained on")
-    if config.lora_bias:
-        problems.append("lora_bias=True adds a bias that no policy generates")
-    if config.alora_invocation_tokens:
-        problems.append("alora_invocation_tokens leaves the adapter out of the tokens before them")
-    return problems
-
-
 def check_writable(
     model: nn.Module, names: Iterable[str], r: int, adapter_name: str, config: LoraConfig
 ) -> dict[str, LoraLayer]:
@@ -58,7 +43,7 @@ def check_writable(
     Raises:
         ValueError: Listing everything about the model's adapter that stands in the way.
     """
-    problems = unwritable_options(config)
+    problems = unsupported_options(config)
     present = {
         name: layer
         for name, layer in model.named_modules()
@@ -93,6 +78,7 @@ def check_writable(
     return {name: present[name] for name in present if name in wanted}
 
 
+@torch.inference_mode(False)  # what is written can be trained, wherever it was generated
 @torch.no_grad()
 def write_adapter(layers: dict[str, LoraLayer], adapter: Adapter, adapter_name: str, config: LoraConfig) -> None:
     """Set the layers' matrices so that `scaling * B @ A` is the adapter's update.
@@ -121,6 +107,43 @@ def write_adapter(layers: dict[str, LoraLayer], adapter: Adapter, adapter_name: 
             layer.lora_variant[adapter_name].init(layer, adapter_name=adapter_name, config=config)
 
 
+@contextmanager
+def undone_on_error(layers: dict[str, LoraLayer], adapter_name: str) -> Iterator[None]:
+    """A context that gives the layers their matrices of before back when something in it fails.
+
+    Args:
+        layers: From `check_writable`.
+        adapter_name: The adapter whose matrices are written in the context, see `write_adapter`.
+    """
+    sides = [side for layer in layers.values() for side in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)]
+    before = [(side, side[adapter_name], side[adapter_name].weight) for side in sides if adapter_name in side]
+    values = [weight.data for _, _, weight in before]
+    try:
+        yield
+    except BaseException:
+        for (side, module, weight), value in zip(before, values, strict=True):
+            weight.data = value
+            module.weight = weight
+            side[adapter_name] = module
+        raise
+
+
+def written_weights(model: nn.Module, adapter_name: str, linear: nn.Linear | None = None) -> Fingerprints:
+    """Fingerprints of the weights of a model's adapter, for its `GenerationRecord`.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter, all of whose LoRA weights that are loaded count.
+        linear: From `classifier_linear`, where a head was written too.
+    """
+    tensors = [] if linear is None else list(linear.parameters())
+    for layer in model.modules():
+        for name, parameter in layer.named_parameters() if isinstance(layer, LoraLayer) else ():
+            if name.startswith("lora_") and adapter_name in name.split(".") and not parameter.is_meta:
+                tensors.append(parameter)
+    return fingerprints(tensors)
+
+
 def classifier_linear(model: nn.Module, adapter_name: str, n_labels: int) -> nn.Linear:
     """The linear layer that gives the logits, in the adapter's own copy of the classifier.
 
@@ -145,20 +168,49 @@ def classifier_linear(model: nn.Module, adapter_name: str, n_labels: int) -> nn.
     return next(iter(found.values()))
 
 
+def classifier_columns(config: Any, label_names: Sequence[str]) -> list[int]:
+    """A model's class index of each label: by its name, in any case, by its number, or in order where classes have no names.
+
+    Args:
+        config: Configuration of the model, with `id2label` and `num_labels`.
+        label_names: Different names.
+
+    Raises:
+        ValueError: When the labels do not fit the model's classes, naming both.
+    """
+    known = {int(i): str(name) for i, name in config.id2label.items()}
+    by_name = {name: i for i, name in known.items()}
+    by_folded = {name.casefold(): i for i, name in known.items()}
+    if len(by_folded) < len(known):
+        by_folded = {}  # names that differ in case only
+    found = [
+        [by_name.get(name) for name in label_names],
+        [by_folded.get(name.casefold()) for name in label_names],
+        [int(name) if name.isdecimal() and int(name) < config.num_labels else None for name in label_names],
+    ]
+    if len(label_names) == config.num_labels > 1 and all(name == f"LABEL_{i}" for i, name in known.items()):
+        found.append(list(range(len(label_names))))
+    for columns in found:
+        if None not in columns and len(set(columns)) == len(label_names):
+            return [column for column in columns if column is not None]
+    raise ValueError(
+        f"The support set has the labels {list(label_names)}, the model {config.num_labels} classes ({known}). Load the "
+        f"model with num_labels={len(label_names)}, or with an id2label that names these labels."
+    )
+
+
 @torch.no_grad()
 def classifier_features(model: nn.Module, linear: nn.Linear, batches: Iterable[dict[str, Any]]) -> Tensor:
     """What a model's classifier reads, shape (n, d): its logits with the last linear layer left out."""
     handle = linear.register_forward_hook(lambda _module, args, _output: args[0])
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        return torch.cat([model(**batch).logits.float() for batch in batches])
+        with evaluating(model):
+            return torch.cat([model(**batch).logits.float() for batch in batches])
     finally:
         handle.remove()
-        for module in training:
-            module.training = True
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def write_classifier(linear: nn.Linear, features: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Set the classifier to a head that was solved on L2-normalised features.

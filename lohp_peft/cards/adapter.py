@@ -52,8 +52,8 @@ def adapter_card(
 
     Args:
         config: The content of `adapter_config.json`.
-        provenance: The content of `lohp_provenance.json`. `label_names`, `pooling`, `max_length`, `gradient_steps` and `reason` are read,
-            every other entry is listed.
+        provenance: The content of `lohp_provenance.json`. `label_names`, `pooling`, `max_length`, `gradient_steps`,
+            `weights_changed` and `reason` are read, every other entry is listed.
         name: Title of the card.
         location: Repository id or folder that the loading snippet names; `name` by default.
         has_head: Whether the folder holds `head.safetensors`.
@@ -86,7 +86,7 @@ def adapter_card(
         model_metadata(base, "peft", ["lohp", "lora"], license, _PIPELINE_TAGS.get(str(config.get("task_type")))),
         name=name,
         base_model=base_link(base),
-        how=_how(provenance.get("gradient_steps")),
+        how=_how(provenance.get("gradient_steps"), provenance.get("weights_changed")),
         snippet=_adapter_snippet(config, provenance, settings["labels"], location or name, has_head),
         adapter=entries_table(settings),
         scores=score_table(scores),
@@ -170,8 +170,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, read_json(folder, PROVENANCE_FILE, "an adapter folder") if recorded else {}
 
 
-def _how(gradient_steps: Any) -> str:
+def _how(gradient_steps: Any, weights_changed: Any) -> str:
     """How the adapter came to be: the end of a sentence."""
+    if weights_changed:
+        return (
+            ". **Its weights have changed since**: they were trained further, or others were loaded in their place, so that\n"
+            "what is told of them below is how they began."
+        )
     if gradient_steps:
         return f", then {gradient_steps} gradient steps on them, which lowered the loss of examples they were not taken on."
     return ", forward-only: no gradient step was taken for this task."

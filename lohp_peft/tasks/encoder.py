@@ -14,7 +14,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lohp_peft.adapters.injection import injected
+from lohp_peft.adapters.injection import evaluating, injected
 from lohp_peft.adapters.layout import base_of
 from lohp_peft.adapters.space import WeightSpace
 from lohp_peft.tasks.features import TextStatistics
@@ -203,17 +203,12 @@ class TextEncoder:
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
-        training = [module for module in self.base_model.modules() if module.training]
-        self.base_model.eval()
-        try:
-            with (
-                _eagerly(self.base_model),
-                torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None),
-            ):
-                yield
-        finally:
-            for module in training:
-                module.training = True
+        with (
+            evaluating(self.base_model),
+            _eagerly(self.base_model),
+            torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None),
+        ):
+            yield
 
     def prepare(self, texts: Sequence[str], texts_b: Sequence[str] | None = None) -> EncodedTexts:
         """Tokenize and run the frozen layers below the first adapted one, without gradients.

@@ -11,8 +11,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lohp_peft.adapters.export import BASE_CHANGING_INITS
 from lohp_peft.adapters.layout import AdapterLayout, ModuleSpec, linear_shape, spec_of
-from lohp_peft.adapters.writing import BASE_CHANGING_INITS
 from lohp_peft.files import read_tensors, write_atomically
 
 
