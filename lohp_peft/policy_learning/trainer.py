@@ -6,7 +6,9 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +32,7 @@ from lohp_peft.policy_learning.losses import cloning_loss, divergence, segments
 from lohp_peft.policy_learning.on_policy import OnPolicy, episode_features, reference_temperature
 from lohp_peft.policy_learning.processes import Processes
 from lohp_peft.policy_learning.recordings import Recordings
-from lohp_peft.policy_learning.replay_buffer import ReplayBuffer
+from lohp_peft.policy_learning.replay_buffer import ReplayBuffer, batches_by_source
 from lohp_peft.policy_learning.sharding import placed, sharded_copy, shards_policy, whole
 from lohp_peft.tasks import Episode, EpisodeSampler, TaskBank, TaskFeatures
 
@@ -57,6 +59,7 @@ class LoHpTrainer:
         log: Called with the training step and its scalars, after every step.
         callbacks: The `Trainer`'s callbacks; they may ask for validation, a checkpoint, a log or the end.
         arguments: What callbacks see of the settings, with the reporters in `report_to`; made from `config` when absent.
+        data: What it learns from, as JSON values by their names; a checkpoint made with other values is refused.
 
     Raises:
         RuntimeError: When the accelerator would take the policy apart by anything but FSDP2, or reporters are missing.
@@ -79,20 +82,21 @@ class LoHpTrainer:
         log: Log | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         arguments: TrainingArguments | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
         self.processes, self.given = Processes(self.accelerator), policy
         self.sharded = shards_policy(self.accelerator)
         self.policy = self._copy(policy) if self.sharded else policy.to(self.accelerator.device)
         self.bank, self.recordings = bank, recordings.to(self.accelerator.device, policy.dtype)
-        self.sampler, self.config = sampler, config
+        self.sampler, self.config, self.data = sampler, config, dict(data or {})
         self.validation, self.log = validation, log or (lambda step, scalars: None)
         self.reference: LoHpPolicy | BackwardReference | None = None
         self.reference_loss = math.inf  # validation loss at which the reference was taken
         self.temperature = float("nan")
         self.on_policy = OnPolicy(self.policy, bank, self.recordings, sampler, config)
         self.buffer = ReplayBuffer(config.buffer_size)
-        self.step, self.best = 0, (math.inf, -1)
+        self.step, self.best, self.stopped = 0, (math.inf, -1), False
         network = self.policy.forward_network
         groups = [
             {"params": network.gate_parameters(), "lr": config.learning_rate},
@@ -116,15 +120,21 @@ class LoHpTrainer:
     def train(self, folder: Path | None = None) -> LoHpPolicy:
         """Run to the end, from the checkpoint in `folder` when there is one, and load the best validated weights.
 
+        A run that a callback has ended is over, as is one that took all its steps.
+
         Returns:
             The policy that was given, with these weights.
         """
         if folder is not None and (folder / "state.json").is_file():
             self.load(folder)
+            if self.stopped:
+                logger.warning(
+                    "A callback has ended the run in %s at training step %d: it is over.", folder, self.step
+                )
         self.processes.agree(self.step, "The training step to continue from (a checkpoint that all of them can read)")
         self.events.at(self.step)
         self.events("train_begin")
-        while self.step < self.total_steps and not self.events.control.should_training_stop:
+        while self.step < self.total_steps and not (self.stopped or self.events.control.should_training_stop):
             self._one_step(folder)
         if self.best_weights:
             self.policy.load_state_dict(self.best_weights)
@@ -149,7 +159,8 @@ class LoHpTrainer:
             scores = self.validate()
             scalars |= scores | self._refresh_reference(scores["validation_loss"])
             events.validated(scores, self.best)
-        last = last or events.control.should_training_stop
+        self.stopped = events.control.should_training_stop
+        last = last or self.stopped
         self.log(self.step, scalars)
         if self.step % LOG_EVERY == 0 or "validation_loss" in scalars or last or events.control.should_log:
             events.log(scalars)
@@ -230,36 +241,21 @@ class LoHpTrainer:
         if self.reference is None:
             raise RuntimeError("There is no reference before the hybrid phase.")
         made = {}
+        balance = partial(
+            segments, self.policy, self.reference, temperature=self.temperature, processes=self.processes
+        )
         if self.config.mode != "on_policy":
-            made["recorded"] = segments(
-                self.policy,
-                self.reference,
-                self.recordings.states[index],
-                self.recordings.losses[index],
-                features,
-                optimizers,
-                self.temperature,
-                self.recordings.task_indices(index),
-                self.processes,
-            )
+            states, losses = self.recordings.states[index], self.recordings.losses[index]
+            tasks = self.recordings.task_indices(index)
+            made["recorded"] = balance(states, losses, features, optimizers, tasks=tasks)
         if self.config.mode != "off_policy":
             if (self.step - self.config.cloning_steps) % self.config.on_policy_every == 0:
                 self.policy.eval()
                 self.buffer.add(self.on_policy.fresh(self._generator("rollout"), splice=self.config.mode == "hybrid"))
                 self.policy.train()
             replayed = self.buffer.sample(self.config.recorded_batch_size, self._generator("replay"))
-            for source, wanted in (("on_policy", False), ("spliced", True)):
-                batch = [item for item in replayed if (item.prefix > 0) == wanted]
-                if batch:
-                    states = torch.stack([item.states for item in batch])
-                    losses = torch.stack([item.losses for item in batch])
-                    of = TaskFeatures.stack([batch[i].features for i in self.processes.mine(len(batch))])
-                    # Rollouts of one support set share their features, bit for bit.
-                    labels = torch.stack([item.features.labels for item in batch])
-                    tasks = torch.unique(labels, dim=0, return_inverse=True)[1]
-                    made[source] = segments(
-                        self.policy, self.reference, states, losses, of, None, self.temperature, tasks, self.processes
-                    )
+            for source, batch in batches_by_source(replayed, self.processes.mine):
+                made[source] = balance(batch.states, batch.losses, batch.features, None, tasks=batch.tasks)
         return made
 
     def _start_hybrid_phase(self) -> None:
@@ -343,16 +339,17 @@ class LoHpTrainer:
         if not self.accelerator.is_main_process:
             return
         record = {"best": list(self.best), "temperature": self.temperature, "reference_loss": self.reference_loss}
-        write_checkpoint(folder, self.step, groups, {**record, "config": asdict(self.config)})
+        record |= {"config": asdict(self.config), "data": self.data, "stopped": self.stopped}
+        write_checkpoint(folder, self.step, groups, record)
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote into `folder`.
 
         Raises:
-            ValueError: When the checkpoint is damaged, or was made with other settings or for another policy, naming both
-                sides.
+            ValueError: When the checkpoint is damaged, or was made with other settings, from other data or for another
+                policy, naming both sides.
         """
-        groups, record = read_checkpoint(folder, asdict(self.config), str(self.accelerator.device))
+        groups, record = read_checkpoint(folder, asdict(self.config), self.data, str(self.accelerator.device))
         clones = {"best", "reference"} if self.config.reference == "clone" else {"best"}
         state, policies = self.policy.state_dict(), {"policy", *(clones & groups.keys())}
         check_same_shapes(folder, groups, state, policies)
@@ -362,8 +359,10 @@ class LoHpTrainer:
         self.best_weights = groups.get("best", {})
         self.buffer.load_state_dict(groups.get("buffer", {}))
         load_optimizer(self.optimizer, groups.get("optimizer", {}))
-        self.step, self.temperature = record["step"], record["temperature"]
+        self.step, self.stopped, self.temperature = record["step"], record["stopped"], record["temperature"]
         self.best, self.reference_loss = (record["best"][0], int(record["best"][1])), record["reference_loss"]
+        if self.best_weights:
+            self.events.best(self.best)
 
     def _load_reference(self, groups: Groups) -> None:
         if "reference" not in groups:

@@ -1,12 +1,15 @@
+import json
+
 import pytest
 import torch
 from filelock import FileLock
 from rich.console import Console
+from transformers import TrainerCallback
 
-from lohp_peft.adapters import base_model_fingerprint
+from lohp_peft.adapters import CoreSpace, base_model_fingerprint
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.policy_learning import plan_training, train_policy
-from lohp_peft.tasks import tokenizer_fingerprint
+from lohp_peft.tasks import TextEncoder, tokenizer_fingerprint
 from lohp_peft.trajectories import TrajectoryDataset
 from policy_learning.conftest import TASKS, assert_same_weights, build_trajectory, tiny_config
 from tiny import build_encoder, build_task
@@ -50,6 +53,53 @@ def test_recordings_in_policy_out(encoder, dataset, tmp_path):
     assert_same_weights(again.state_dict(), policy.state_dict())  # from its checkpoint
 
 
+def test_a_checkpoint_of_another_training_is_refused_with_all_that_differs(encoder, dataset, trajectories, tmp_path):
+    """Other recordings in another weight space of the same shape, other rows, another validation task, another reading."""
+    folder, news = tmp_path / "policy", build_task("news", seed=7)
+    before = train(encoder, dataset, folder, validation_tasks=[news]).state_dict()
+    layout, generator = encoder.space.layout, torch.Generator().manual_seed(1)
+    bases = [torch.linalg.qr(torch.randn(spec.d_in, 2, generator=generator))[0] for spec in layout.modules]
+    space = CoreSpace(layout, 2, bases, bases)
+    other = TrajectoryDataset.create(
+        tmp_path / "other", space=space, base_fingerprint=dataset.manifest.base_fingerprint, base_model_name="tiny"
+    )
+    tasks = [build_task("spam", seed=9), *TASKS[1:]]
+    for task in tasks:
+        other.append(task.name, [run for run in trajectories if run.task == task.name])
+    reader = TextEncoder(encoder.base_model, encoder.tokenizer, space, pooling="last", max_length=9)
+    config = tiny_config(cloning_steps=2, training_steps=2)
+    with pytest.raises(ValueError, match="trained on other data") as error:
+        train_policy(tasks, reader, other, folder, config, console=Console(quiet=True))
+    named = ("'dataset'", "'recordings'", "'weight space'", "\"training task 'spam'\"", "\"validation task 'news'\"")
+    for part in (*named, "'pooling': ('mean', 'last')", "'max_length': (128, 9)"):
+        assert part in str(error.value)
+    assert "'ham'" not in str(error.value)
+    assert_same_weights(LoHpPolicy.from_pretrained(folder).state_dict(), before)
+
+
+def test_a_checkpoint_that_does_not_say_its_data_is_refused(encoder, dataset, tmp_path):
+    """As those of earlier versions."""
+    train(encoder, dataset, tmp_path / "policy")
+    state = tmp_path / "policy" / "checkpoint" / "state.json"
+    state.write_text(
+        json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k not in ("data", "stopped")})
+    )
+    with pytest.raises(ValueError, match=rf"'dataset': \(None, '{dataset.manifest.dataset_id}'\)"):
+        train(encoder, dataset, tmp_path / "policy")
+
+
+def test_a_run_that_a_callback_ended_is_over(encoder, dataset, tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    first = train(encoder, dataset, tmp_path / "policy", callbacks=[Stop])
+    again = train(encoder, dataset, tmp_path / "policy", callbacks=[Stop])
+    assert_same_weights(again.state_dict(), first.state_dict())
+    assert json.loads((tmp_path / "policy" / "checkpoint" / "state.json").read_text())["step"] == 2
+    assert "at training step 2: it is over" in caplog.text
+
+
 def test_one_run_a_folder(encoder, dataset, tmp_path):
     """A second training is refused and changes nothing; afterwards the folder is free."""
     folder = tmp_path / "policy"
@@ -90,7 +140,7 @@ def test_a_hub_id_stays_whole_and_comes_from_the_base_model(encoder, dataset, tm
 
 def test_the_plan_is_what_happens(encoder, dataset, tmp_path):
     config = tiny_config(cloning_steps=2, training_steps=2)
-    plan = plan_training(TASKS, dataset, config, TASKS[:1])
+    plan = plan_training(TASKS, dataset, config, [build_task("news")])
     assert (plan.tasks, plan.validation_tasks, plan.trajectories) == (3, 1, 6)
     assert plan.contrast_groups == [["spam", "ham"]]
     assert (plan.cloning_steps, plan.training_steps) == (2, 2)
@@ -104,6 +154,11 @@ def test_what_does_not_belong_together_is_refused(encoder, dataset, tmp_path):
         plan_training(TASKS[:2], dataset, tiny_config())
     with pytest.raises(ValueError, match="recordings of"):
         plan_training([build_task("news")], dataset, tiny_config())
+    twice = r"2 training tasks are named 'spam'; 'ham' is a training task and a validation task\."
+    with pytest.raises(ValueError, match=twice):
+        plan_training([*TASKS, build_task("spam", seed=9)], dataset, tiny_config(), [TASKS[1]])
+    with pytest.raises(ValueError, match="'mood' is a training task and a validation task"):
+        train(encoder, dataset, tmp_path / "policy", validation_tasks=[TASKS[2], build_task("news")])
     other = build_encoder(adapted=(2,))
     with pytest.raises(ValueError, match="weight space|layout|space"):
         train(other, dataset, tmp_path / "policy")
