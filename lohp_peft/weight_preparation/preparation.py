@@ -20,7 +20,7 @@ from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
 from lohp_peft.tasks.requirements import check_gradients
 from lohp_peft.tasks.task import Task
 from lohp_peft.trajectories import Trajectory, TrajectoryDataset
-from lohp_peft.trajectories.manifest import MANIFEST_NAME
+from lohp_peft.trajectories.manifest import MANIFEST_NAME, READING_KEY
 from lohp_peft.weight_preparation.config import WeightPreparationConfig
 from lohp_peft.weight_preparation.optimizers import build_optimizer, hyperparameters, take_step
 from lohp_peft.weight_preparation.plan import METADATA_KEY, check_same_settings, select_all_rows
@@ -81,7 +81,7 @@ def prepare_trajectories(
 
     Raises:
         ValueError: When a task cannot be recorded, or `output_dir` holds a dataset of another base model, weight
-            space or configuration; all offenders are listed. When the base model passes no gradients.
+            space, reading of texts or configuration; all offenders are listed. When the base model passes no gradients.
     """
     config = config or WeightPreparationConfig()
     console = console or Console(stderr=True)
@@ -201,11 +201,11 @@ def _open_or_create(
             space=encoder.space,
             base_fingerprint=fingerprint,
             base_model_name=name,
-            metadata={METADATA_KEY: config.to_dict()},
+            metadata={METADATA_KEY: config.to_dict(), READING_KEY: encoder.reading},
         )
     process.wait_for_everyone()
     dataset = TrajectoryDataset.open(folder, on_damage="skip")  # damaged shards are recorded again
-    dataset.check_matches(space=encoder.space, base_fingerprint=fingerprint)
+    dataset.check_matches(space=encoder.space, base_fingerprint=fingerprint, reading=encoder.reading)
     check_same_settings(dataset, config)
     return dataset
 

@@ -162,6 +162,11 @@ def test_what_does_not_belong_together_is_refused(encoder, dataset, tmp_path):
     other = build_encoder(adapted=(2,))
     with pytest.raises(ValueError, match="weight space|layout|space"):
         train(other, dataset, tmp_path / "policy")
+    reading = {"reading": {**encoder.reading, "pooling": "last"}}
+    about = {"base_fingerprint": dataset.manifest.base_fingerprint, "base_model_name": "tiny", "metadata": reading}
+    read = TrajectoryDataset.create(tmp_path / "read", space=encoder.space, **about)
+    with pytest.raises(ValueError, match="pooling of texts: recorded with 'last', got 'mean'"):
+        train(encoder, read, tmp_path / "policy")
     changed = build_encoder(adapted=(1, 2))
     with torch.no_grad():
         changed.base_model.embeddings.word_embeddings.weight.mul_(2)
