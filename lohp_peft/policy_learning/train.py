@@ -32,7 +32,7 @@ from lohp_peft.tasks import (
     fit_reference,
     tokenizer_fingerprint,
 )
-from lohp_peft.tasks.requirements import check_gradients
+from lohp_peft.tasks.requirements import check_gradients, frozen
 from lohp_peft.trajectories import TrajectoryDataset
 
 LOG_FILE = "log.jsonl"
@@ -156,8 +156,7 @@ def train_policy(
     dataset.check_matches(space=encoder.space, base_fingerprint=fingerprint, reading=encoder.reading)
     check_sources(tasks, dataset, validation_tasks)
     recordings = Recordings.from_trajectories(list(dataset), config.policy_steps, config.final_weights_only)
-    encoder.base_model.requires_grad_(False)
-    with only_writer(output_dir, accelerator):
+    with only_writer(output_dir, accelerator), frozen(encoder.base_model):
         with _progress(console, accelerator) as progress:
             bank, held_out = (
                 TaskBank(encoder, rows_per_task=config.rows_per_task, seed=config.seed) for _ in range(2)

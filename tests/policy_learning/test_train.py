@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -98,6 +99,27 @@ def test_a_run_that_a_callback_ended_is_over(encoder, dataset, tmp_path, caplog)
     assert_same_weights(again.state_dict(), first.state_dict())
     assert json.loads((tmp_path / "policy" / "checkpoint" / "state.json").read_text())["step"] == 2
     assert "at training step 2: it is over" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
+def test_the_base_model_is_frozen_for_the_training_only(encoder, dataset, tmp_path, fails):
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(any(parameter.requires_grad for parameter in parameters))
+            if fails:
+                raise KeyError("out of luck")
+
+    parameters, seen = list(encoder.base_model.parameters())[:3], []
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with pytest.raises(KeyError) if fails else nullcontext():
+            train(encoder, dataset, tmp_path / "policy", callbacks=[Watch])
+        assert seen
+        assert not any(seen)
+        assert [p.requires_grad for p in list(encoder.base_model.parameters())[:4]] == [True, True, True, False]
+    finally:
+        encoder.base_model.requires_grad_(False)
 
 
 def test_one_run_a_folder(encoder, dataset, tmp_path):
