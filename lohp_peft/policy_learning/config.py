@@ -130,6 +130,11 @@ class PolicyLearningConfig:
         if problems:
             raise ValueError("Policy learning: " + "; ".join(problems) + ".")
 
+    @property
+    def hybrid_steps(self) -> int:
+        """Training steps that are taken after behaviour cloning: none where it is the whole preset."""
+        return 0 if self.preset == "behaviour_cloning" else self.training_steps
+
     def learning_rate_share(self, step: int) -> float:
         """The share of the learning rates at training step `step`: warm-up and cosine decay within each phase."""
         first, cloning = step < self.cloning_steps, self.cloning_steps

@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import TrainerCallback
 
-from lohp_peft.adapters import base_model_fingerprint
+from lohp_peft.adapters import AdapterLayout, base_model_fingerprint
 from lohp_peft.cards import is_hub_id
 from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, ReferenceSet
 from lohp_peft.policy_learning.callbacks import LOG_EVERY, reporters, training_arguments
 from lohp_peft.policy_learning.config import PolicyLearningConfig
+from lohp_peft.policy_learning.gradients import check_precision
 from lohp_peft.policy_learning.processes import only_writer
 from lohp_peft.policy_learning.recordings import Recordings, fit_scales
 from lohp_peft.policy_learning.sources import check_sources, sources_record
@@ -84,17 +85,16 @@ def plan_training(
     space = dataset.space
     sides = 2 if space.kind == "core" else 1  # only a core has an output basis
     settings = _policy_config(
-        dataset, config, embedding_size=space.layout.modules[0].d_in, module_features=sides * space.r
+        dataset, config, embedding_size=_embedding_size(space.layout), module_features=sides * space.r
     )
     policy = LoHpPolicy(settings)
-    hybrid = 0 if config.preset == "behaviour_cloning" else config.training_steps
     return TrainingPlan(
         len(tasks),
         len(validation_tasks),
         len(dataset),
         contrast_groups(tasks),
         config.cloning_steps,
-        hybrid,
+        config.hybrid_steps,
         policy.num_parameters(),
     )
 
@@ -138,8 +138,8 @@ def train_policy(
 
     Raises:
         ValueError: When dataset, encoder and tasks do not belong together, naming both sides, when two tasks have one name,
-            when `output_dir` holds the checkpoint of another training, listing all differences, or when `lohp+path` gets
-            no gradients through the base model.
+            when `output_dir` holds the checkpoint of another training, listing all differences, when a launcher asks
+            for another mixed precision than bf16, or when `lohp+path` gets no gradients through the base model.
         RuntimeError: When a reporter is not installed, or another training writes to `output_dir`.
     """
     config = config or PolicyLearningConfig()
@@ -148,6 +148,7 @@ def train_policy(
         check_gradients(encoder.base_model)
     precision = None if config.mixed_precision == "no" else config.mixed_precision  # none: what a launcher says, or no
     accelerator = accelerator or Accelerator(mixed_precision=precision, cpu=encoder.stays_on_cpu)
+    check_precision(accelerator)
     encoder.base_model.to(accelerator.device)
     console = console or Console(stderr=True)
     output_dir = Path(output_dir)
@@ -240,7 +241,6 @@ def build_policy(
         config: Settings.
     """
     statistics = next(iter(bank.statistics.values()))
-    torch.manual_seed(config.seed)
     settings = _policy_config(
         dataset, config, embedding_size=statistics.embeddings.shape[-1], module_features=statistics.modules.shape[-1]
     )
@@ -249,7 +249,9 @@ def build_policy(
     settings.optimizers = list(recordings.optimizer_names)
     settings.pooling, settings.max_text_length = encoder.pooling, encoder.max_length
     settings.tokenizer_fingerprint = tokenizer_fingerprint(encoder.tokenizer)
-    policy = LoHpPolicy(settings)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.default_generator.manual_seed(config.seed)
+        policy = LoHpPolicy(settings)
     policy.set_space(dataset.space)
     reference = fit_reference(
         [s[torch.arange(min(len(s), 200))] for s in bank.statistics.values()], settings.principal_directions
@@ -307,6 +309,12 @@ def _policy_config(
         reads_previous=config.reference == "clone",
         preset=config.preset,
     )
+
+
+def _embedding_size(layout: AdapterLayout) -> int:
+    """Size of the base model's hidden states, which every module reads or writes; without the model, the smaller of two."""
+    shared = set.intersection(*({spec.d_in, spec.d_out} for spec in layout.modules))
+    return min(shared, default=layout.modules[0].d_in)
 
 
 def _public_name(name: str) -> str:

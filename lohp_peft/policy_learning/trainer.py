@@ -27,7 +27,7 @@ from lohp_peft.policy_learning.checkpoint import (
     write_checkpoint,
 )
 from lohp_peft.policy_learning.config import PolicyLearningConfig
-from lohp_peft.policy_learning.gradients import accumulate
+from lohp_peft.policy_learning.gradients import accumulate, check_precision
 from lohp_peft.policy_learning.losses import cloning_loss, divergence, segments
 from lohp_peft.policy_learning.on_policy import OnPolicy, episode_features, reference_temperature
 from lohp_peft.policy_learning.processes import Processes
@@ -63,6 +63,7 @@ class LoHpTrainer:
 
     Raises:
         RuntimeError: When the accelerator would take the policy apart by anything but FSDP2, or reporters are missing.
+        ValueError: When its mixed precision is neither none nor bf16.
 
     **Attributes**:
         - **policy** (`LoHpPolicy`) -- What is trained: the given policy, or under FSDP2 a copy of which every process
@@ -85,6 +86,7 @@ class LoHpTrainer:
         data: Mapping[str, Any] | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
+        check_precision(self.accelerator)
         self.processes, self.given = Processes(self.accelerator), policy
         self.sharded = shards_policy(self.accelerator)
         self.policy = self._copy(policy) if self.sharded else policy.to(self.accelerator.device)
@@ -97,6 +99,7 @@ class LoHpTrainer:
         self.on_policy = OnPolicy(self.policy, bank, self.recordings, sampler, config)
         self.buffer = ReplayBuffer(config.buffer_size)
         self.step, self.best, self.stopped = 0, (math.inf, -1), False
+        self.total_steps = config.cloning_steps + config.hybrid_steps
         network = self.policy.forward_network
         groups = [
             {"params": network.gate_parameters(), "lr": config.learning_rate},
@@ -110,12 +113,6 @@ class LoHpTrainer:
         self.events = Events(
             callbacks, arguments, self.policy, self.optimizer, self.accelerator, config, self.total_steps
         )
-
-    @property
-    def total_steps(self) -> int:
-        """Training steps of both phases."""
-        config = self.config
-        return config.cloning_steps + (0 if config.preset == "behaviour_cloning" else config.training_steps)
 
     def train(self, folder: Path | None = None) -> LoHpPolicy:
         """Run to the end, from the checkpoint in `folder` when there is one, and load the best validated weights.

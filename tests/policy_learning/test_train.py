@@ -3,11 +3,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import Accelerator
 from filelock import FileLock
 from rich.console import Console
 from transformers import TrainerCallback
 
-from lohp_peft.adapters import CoreSpace, base_model_fingerprint
+from lohp_peft.adapters import AdapterLayout, CoreSpace, LoraBSpace, ModuleSpec, base_model_fingerprint
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.policy_learning import plan_training, train_policy
 from lohp_peft.tasks import TextEncoder, tokenizer_fingerprint
@@ -151,6 +152,13 @@ def test_a_reporter_that_is_missing_is_said_before_any_work(encoder, dataset, tm
     assert not (tmp_path / "policy").exists()
 
 
+def test_fp16_is_refused_before_any_work(encoder, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    with pytest.raises(ValueError, match="got an accelerator of 'fp16'"):
+        train(encoder, dataset, tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+
+
 @pytest.mark.parametrize("name", ["someone/tiny-bert", "tiny-bert"])
 def test_a_hub_id_stays_whole_and_comes_from_the_base_model(encoder, dataset, tmp_path, name):
     encoder.base_model.config._name_or_path = name
@@ -169,6 +177,28 @@ def test_the_plan_is_what_happens(encoder, dataset, tmp_path):
     assert plan_training(TASKS, dataset, tiny_config(preset="behaviour_cloning")).training_steps == 0
     policy = train(encoder, dataset, tmp_path / "policy")
     assert plan.policy_parameters == pytest.approx(policy.num_parameters(), rel=0.05)
+
+
+def test_the_plan_does_not_depend_on_which_module_comes_first(tmp_path):
+    """The output of an MLP reads more than the hidden states have."""
+    modules = [ModuleSpec("mlp.output", 24, 16, "output", 0), ModuleSpec("query", 16, 16, "query", 0)]
+    counts = []
+    for name, order in (("mlp first", modules), ("query first", modules[::-1])):
+        space = LoraBSpace.seeded(AdapterLayout(tuple(order)), 2)
+        about = {"base_fingerprint": "f", "base_model_name": "tiny"}
+        made = TrajectoryDataset.create(tmp_path / name, space=space, **about)
+        made.append("spam", [build_trajectory(space)])
+        counts.append(plan_training(TASKS, made, tiny_config()).policy_parameters)
+    assert counts[0] == counts[1]
+
+
+def test_the_seed_alone_decides_and_the_callers_random_numbers_stay(encoder, dataset, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = train(encoder, dataset, tmp_path / "first").state_dict()
+    assert torch.rand(3).equal(expected)
+    assert_same_weights(train(encoder, dataset, tmp_path / "second").state_dict(), first)
 
 
 def test_what_does_not_belong_together_is_refused(encoder, dataset, tmp_path):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from lohp_peft.policy import rollout
 from lohp_peft.policy_learning import on_policy as on_policy_module
@@ -188,6 +189,14 @@ def test_divergence_is_an_error_and_no_update(build_trainer):
     with pytest.raises(RuntimeError, match="diverged at training step 0: cloning is nan.*Lower `learning_rate`"):
         trainer.training_step()
     assert trainer.policy.forward_network.gates.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_precisions_that_scale_gradients_are_refused(build_trainer, monkeypatch, precision):
+    """They are taken by `torch.autograd.grad`, which knows no scaler."""
+    monkeypatch.setattr(Accelerator, "mixed_precision", precision)
+    with pytest.raises(ValueError, match=rf"one of \['no', 'bf16'\], got an accelerator of '{precision}'"):
+        build_trainer()
 
 
 def test_the_gradient_of_each_loss_is_clipped_on_its_own():
