@@ -1,6 +1,7 @@
 """Record the trajectory of your own `Trainer` run: `python examples/record_your_own_runs.py`.
 
-One callback is all that is added to an ordinary PEFT fine-tuning script. What it writes is what stage 2 reads.
+One callback is all that is added to an ordinary PEFT fine-tuning script. Evaluated states are what stage 2 learns from:
+the first one needs `eval_on_start=True`, and there have to be more of them than policy steps.
 """
 
 import argparse
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             learning_rate=1e-3,
             per_device_train_batch_size=16,
             eval_strategy="steps",
-            eval_steps=10,
+            eval_on_start=True,
+            eval_steps=5,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,

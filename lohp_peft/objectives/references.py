@@ -76,6 +76,11 @@ class BackwardReference:
         floor = min_relative_sigma**2 * variance.mean(1, keepdim=True)
         return cls(contraction=contraction.float(), sigma=variance.maximum(floor).sqrt().float(), mask=mask)
 
+    @property
+    def point_masses(self) -> Bool[Tensor, " time"]:
+        """The steps that come back to one point for certain: they have no density, so log-ratios at them have a unit."""
+        return (self.sigma == 0).all(-1)
+
     def log_prob(
         self,
         states: Float[Tensor, "*batch modules width"],
@@ -93,10 +98,9 @@ class BackwardReference:
             Log-densities, shape (...), in nats: the `log_ref` of `sub_trajectory_balance_loss`.
         """
         contraction, sigma = self.contraction[steps][..., None], self.sigma[steps][..., None]
-        point_mass = (sigma == 0).all(-2).squeeze(-1)
         sigma = sigma.masked_fill(sigma == 0, 1.0)
         log_prob = gaussian_log_prob(states, contraction * next_states.detach(), sigma, self.mask)
-        return log_prob.masked_fill(point_mass, 0.0)
+        return log_prob.masked_fill(self.point_masses[steps], 0.0)
 
     def to(self, device: torch.device | str) -> "BackwardReference":
         """The same reference on another device.

@@ -49,10 +49,15 @@ def calibrate_path_temperature(
     `T = mean(initial - final loss) / mean(sum_k log P_F - log P_B)`: the range of the reward equals the cost of the
     path on recorded data, where the residual of a full trajectory then vanishes on average (Ours).
 
+    A step whose backward policy is a point mass (`BackwardReference.point_masses`) belongs in neither mean: a density
+    against a probability has a unit, and `T` would follow the unit of the weights. What it costs is a constant, which the
+    log flow of its first state learns.
+
     Args:
-        initial_losses: Loss of the first state, shape (trajectories,).
+        initial_losses: Loss of the first state, or of the one behind the point mass, shape (trajectories,).
         final_losses: Loss of the last state, shape (trajectories,).
-        log_ratios: `sum_k (log P_F - log P_B)` under the behaviour clone, shape (trajectories,), in nats.
+        log_ratios: `sum_k (log P_F - log P_B)` over the steps between the two, under the behaviour clone, shape
+            (trajectories,), in nats.
 
     Raises:
         ValueError: If the losses do not fall on average or the path cost is not positive.

@@ -13,6 +13,7 @@ CONFIG_FILE = "config.json"
 MAX_SIZE = 2**20
 """Above any size of a policy; nothing is allocated on the word of a file beyond it."""
 MAX_LAYERS = 1000
+NUM_HEADS = 4
 
 
 class LoHpPolicyConfig(PretrainedConfig):
@@ -71,7 +72,7 @@ class LoHpPolicyConfig(PretrainedConfig):
         module_features: int = 16,
         hidden_size: int = 128,
         num_layers: int = 2,
-        num_heads: int = 4,
+        num_heads: int = NUM_HEADS,
         num_directions: int = 24,
         dropout: float = 0.2,
         state_shape: list[int] | None = None,

@@ -132,6 +132,10 @@ class Events:
     def validated(self, scores: Mapping[str, float], best: tuple[float, int]) -> None:
         """`on_evaluate` with the `Trainer`'s names, `eval_loss` and `eval_accuracy`; the best so far follows it."""
         self("evaluate", metrics={name.replace(VALIDATION, "eval_"): value for name, value in scores.items()})
+        self.best(best)
+
+    def best(self, best: tuple[float, int]) -> None:
+        """Set the lowest validation loss so far and the training step it was measured at."""
         self.state.best_metric, self.state.best_global_step = best
 
     def log(self, scalars: Mapping[str, float]) -> None:

@@ -30,37 +30,39 @@ def write_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, 
             old.unlink()
 
 
-def read_checkpoint(folder: Path, config: Mapping[str, Any], device: str) -> tuple[Groups, dict[str, Any]]:
+def read_checkpoint(
+    folder: Path, config: Mapping[str, Any], data: Mapping[str, Any], device: str
+) -> tuple[Groups, dict[str, Any]]:
     """What `write_checkpoint` wrote.
 
     Raises:
-        ValueError: When the checkpoint is damaged, or was made with other settings than `config`, naming them with both
-            values.
+        ValueError: When the checkpoint is damaged, or was made with other settings than `config` or from other `data`,
+            naming all that differ with both values.
     """
-    record = read_json(folder / STATE_FILE)
-    rules = {"config": dict, "step": int, "file": str, "sha256": str, "best": list, "temperature": float}
-    rules["reference_loss"] = float
+    record = {"data": {}, **read_json(folder / STATE_FILE)}  # earlier versions wrote none
+    rules = {"config": dict, "data": dict, "step": int, "file": str, "sha256": str, "best": list}
+    rules |= {"temperature": float, "reference_loss": float}
     wrong = [f"{name!r} is {record.get(name)!r}" for name, kind in rules.items() if type(record.get(name)) is not kind]
     if not wrong and [type(value) for value in record["best"]] != [float, int]:
         wrong.append(f"'best' is {record['best']!r}")
     if wrong:
         raise ValueError(_damaged(folder, f"in {STATE_FILE} {'; '.join(wrong)}"))
-    mine = json.loads(json.dumps(config))
-    differ = {k: (record["config"].get(k), v) for k, v in mine.items() if record["config"].get(k) != v}
+    differ = _differences(record["config"], config) | _differences(record["data"], data)
     if differ:
         raise ValueError(
-            f"The checkpoint in {folder} has other settings, (checkpoint, now): {differ}. Use a new folder."
+            f"The checkpoint in {folder} has other settings or was trained on other data, (checkpoint, now): {differ}. "
+            "Use a new folder, or what it was made with."
         )
     if record["file"] != f"state-{record['step']}.safetensors":
         raise ValueError(_damaged(folder, f"of step {record['step']} it names the file {record['file']!r}"))
     try:
-        data = (folder / record["file"]).read_bytes()
+        content = (folder / record["file"]).read_bytes()
     except OSError as error:
         raise ValueError(_damaged(folder, str(error))) from error
-    if sha256(data) != record["sha256"]:
+    if sha256(content) != record["sha256"]:
         raise ValueError(_damaged(folder, f"{record['file']} is not what was written, its checksum differs"))
     groups: Groups = {}
-    for name, tensor in parse_tensors(data).items():
+    for name, tensor in parse_tensors(content).items():
         group, _, rest = name.partition(".")
         groups.setdefault(group, {})[rest] = tensor.to(device)
     return groups, record
@@ -98,6 +100,12 @@ def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
         i, key = name.split(".", 1)
         state.setdefault(int(i), {})[key] = place(tensor, parameters[int(i)])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values of every entry that differs as JSON; `None` where one side lacks it."""
+    now = json.loads(json.dumps(now))
+    return {name: (before.get(name), now.get(name)) for name in {**now, **before} if before.get(name) != now.get(name)}
 
 
 def _damaged(folder: Path, problem: str) -> str:

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 
 from lohp_peft.fields import document_fields
+from lohp_peft.policy.config import NUM_HEADS
+from lohp_peft.tasks.heads import HEADS
 
 PRESETS = ("behaviour_cloning", "lohp", "lohp+path")
 REFERENCES = ("clone", "backward")
@@ -74,7 +76,7 @@ class PolicyLearningConfig:
     ridge: float = _field(3.0, "penalty of the ridge head")
     policy_steps: int = _field(4, "policy steps of a rollout")
     num_directions: int = _field(24, "learned directions mixed by the gates")
-    hidden_size: int = _field(128, "width of the policy's networks")
+    hidden_size: int = _field(128, "width of the policy's networks, a multiple of its attention heads")
     dropout: float = _field(0.2, "dropout on the gates' features")
     noise_scale: float = _field(1.0, "policy standard deviation over the recorded root-mean-square step")
     max_grad_norm: float = _field(1.0, "gradient norm above which gradients are clipped")
@@ -88,7 +90,8 @@ class PolicyLearningConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        choices_of = {"preset": PRESETS, "mode": MODES, "reference": REFERENCES, "mixed_precision": ("no", "bf16")}
+        choices_of = {"preset": PRESETS, "mode": MODES, "reference": REFERENCES, "head": HEADS}
+        choices_of["mixed_precision"] = ("no", "bf16")
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 problems.append(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}")
@@ -96,18 +99,25 @@ class PolicyLearningConfig:
             ("batch_size", "recorded_batch_size", "on_policy_every", "policy_steps", "buffer_size"), 1
         )
         least |= dict.fromkeys(("validate_every", "validation_episodes", "save_every", "rows_per_task"), 1)
-        least |= {"support_size": 4, "max_classes": 2}
+        least |= {"support_size": 4, "max_classes": 2, "num_directions": 1, "hidden_size": 1}
         least["rollouts_per_task"] = 2  # whose spread sets the temperature
         for name, low in least.items():
             if getattr(self, name) < low:
                 problems.append(f"`{name}` must be at least {low}, got {getattr(self, name)}")
-        if not self.kl_target > 0:
-            problems.append(f"`kl_target` must be above 0 nats, got {self.kl_target}")
+        if self.hidden_size % NUM_HEADS:
+            problems.append(f"`hidden_size` must be a multiple of {NUM_HEADS} attention heads, got {self.hidden_size}")
+        units = {"kl_target": " nats", "robust_delta": " nats", "max_grad_norm": "", "ridge": "", "noise_scale": ""}
+        for name, unit in units.items():
+            if not getattr(self, name) > 0:
+                problems.append(f"`{name}` must be above 0{unit}, got {getattr(self, name)}")
         for name in (
             "cloning_steps",
             "training_steps",
             "subtb_lambda",
             "learning_rate",
+            "free_learning_rate",
+            "log_flow_learning_rate",
+            "cloning_weight",
             "path_weight",
             "subtb_weight",
             "refresh_kl",
@@ -119,6 +129,11 @@ class PolicyLearningConfig:
                 problems.append(f"`{name}` must be a share in 0..1, got {getattr(self, name)}")
         if problems:
             raise ValueError("Policy learning: " + "; ".join(problems) + ".")
+
+    @property
+    def hybrid_steps(self) -> int:
+        """Training steps that are taken after behaviour cloning: none where it is the whole preset."""
+        return 0 if self.preset == "behaviour_cloning" else self.training_steps
 
     def learning_rate_share(self, step: int) -> float:
         """The share of the learning rates at training step `step`: warm-up and cosine decay within each phase."""

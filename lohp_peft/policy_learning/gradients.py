@@ -3,11 +3,31 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Parameter
 
 from lohp_peft.policy_learning.processes import Processes
 from lohp_peft.policy_learning.sharding import is_sharded, local
+
+PRECISIONS = ("no", "bf16")
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """Refuse mixed precision whose gradients have to be scaled: `accumulate` takes and clips them as they are.
+
+    Args:
+        accelerator: That of the run.
+
+    Raises:
+        ValueError: Under fp16 and fp8.
+    """
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise ValueError(
+            f"The mixed precision of policy learning must be one of {list(PRECISIONS)}, got an accelerator of "
+            f"{accelerator.mixed_precision!r}, whose gradients would have to be scaled. Launch it with "
+            "`--mixed_precision bf16`, or `no`."
+        )
 
 
 def accumulate(

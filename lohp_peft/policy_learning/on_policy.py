@@ -94,13 +94,16 @@ def reference_temperature(
     if config.subtb_weight == 0:
         return floor
     if isinstance(reference, BackwardReference):
-        costs = _path_costs(source, reference, generator(0)).cpu()
-        if float(costs.mean()) > 0:
-            return max(calibrate_path_temperature(losses[:, 0].cpu(), losses[:, -1].cpu(), costs), floor)
+        costs, last = _path_costs(source, reference, generator(0)).cpu(), losses[:, -1].cpu()
+        fallen = -losses.diff(dim=1)[:, ~reference.point_masses].sum(1).cpu()
+        if float(costs.mean()) > 0 and float(fallen.mean()) > 0:
+            return max(calibrate_path_temperature(last + fallen, last, costs), floor)
         logger.warning(
-            "The policy finds the recordings less likely than the fitted backward policy does, by %.3g nats a trajectory: "
-            "the temperature follows from rollouts instead. Longer behaviour cloning may help.",
+            "The policy finds the recordings less likely than the fitted backward policy does, by %.3g nats a trajectory, or "
+            "their losses do not fall behind the first step (by %.3g on average): the temperature follows from rollouts "
+            "instead. Longer behaviour cloning may help.",
             -float(costs.mean()),
+            float(fallen.mean()),
         )
         reference = source.policy
     if config.mode == "off_policy":
@@ -119,7 +122,7 @@ def reference_temperature(
 
 
 def _path_costs(source: OnPolicy, reference: BackwardReference, generator: torch.Generator) -> Tensor:
-    """`sum_k log P_F - log P_B` of every recorded run of a task that gives episodes, in nats."""
+    """`sum_k log P_F - log P_B` of every recorded run of a task that gives episodes, in nats, without point masses."""
     policy, recordings = source.policy.eval(), source.recordings
     usable = [i for i, name in enumerate(recordings.tasks) if name in source.sampler.rows]
     costs = recordings.losses.new_zeros(len(usable))
@@ -129,5 +132,6 @@ def _path_costs(source: OnPolicy, reference: BackwardReference, generator: torch
         features = episode_features(policy, source.bank, [episode])
         run = recordings.states[i : i + 1], features, recordings.optimizers[i : i + 1]
         log_pf, log_ref = log_probabilities(policy, reference, *run)
-        costs[k] = log_pf.sum() - (0.0 if log_ref is None else log_ref.sum())
+        ratios = log_pf if log_ref is None else log_pf - log_ref
+        costs[k] = ratios[:, ~reference.point_masses].sum()
     return costs

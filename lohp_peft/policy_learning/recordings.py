@@ -1,5 +1,7 @@
 """Recorded trajectories as the policy learns from them: K knots, relative losses, indexed by task."""
 
+import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +11,14 @@ from torch import Tensor
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.trajectories import Trajectory
 
+logger = logging.getLogger(__name__)
+
 MAX_RELATIVE_LOSS = 2.0
 """Relative losses are clipped here, so that one failed run cannot dominate (Ours: notes on clipping at 2 L_0)."""
+HOW_TO_SCORE = (
+    "A run of `TrajectoryRecorder` is scored by evaluations: at the start (`eval_on_start=True`), during training and at "
+    "the end."
+)
 
 
 @dataclass(frozen=True)
@@ -35,23 +43,33 @@ class Recordings:
     def from_trajectories(
         cls, trajectories: Sequence[Trajectory], policy_steps: int, final_weights_only: bool = False
     ) -> "Recordings":
-        """All scored runs, resampled at `policy_steps + 1` knots.
+        """All scored runs, resampled at `policy_steps + 1` of their scored states; a warning names the others.
 
         Args:
-            trajectories: Recorded runs.
+            trajectories: Recorded runs. Of each the first and the last state need a loss, and `policy_steps + 1` in all.
             policy_steps: Steps of the policy.
             final_weights_only: Replace the path by a straight line from no adapter to the last state, which
                 supervises nothing but the final weights (ablation).
 
         Raises:
-            ValueError: When no run has a finite loss at every state.
+            ValueError: When no run can be learned from, saying why.
         """
-        kept = [t for t in trajectories if t.losses.isfinite().all() and t.states.isfinite().all() and t.losses[0] > 0]
+        reasons = [_unusable(trajectory, policy_steps) for trajectory in trajectories]
+        kept = [trajectory for trajectory, reason in zip(trajectories, reasons, strict=True) if reason is None]
+        left_out = Counter((t.task, reason) for t, reason in zip(trajectories, reasons, strict=True) if reason)
+        why = ", ".join(f"{count} of {task!r} ({reason})" for (task, reason), count in left_out.items())
         if not kept:
-            raise ValueError(f"None of the {len(trajectories)} recorded trajectories is scored and finite.")
+            raise ValueError(
+                f"None of the {len(trajectories)} recorded trajectories can be learned from: {why or 'there are none'}. "
+                f"{HOW_TO_SCORE}"
+            )
+        if left_out:
+            logger.warning(
+                "Left out %d of %d recorded runs: %s. %s", left_out.total(), len(reasons), why, HOW_TO_SCORE
+            )
         states, losses = [], []
         for trajectory in kept:
-            knots = trajectory.knots(policy_steps)
+            knots = trajectory.at(trajectory.losses.isfinite().nonzero().flatten()).knots(policy_steps)
             path, loss = knots.states.float(), (knots.losses / knots.losses[0]).clamp(max=MAX_RELATIVE_LOSS)
             if final_weights_only:
                 share = torch.linspace(0, 1, policy_steps + 1)
@@ -107,6 +125,19 @@ class Recordings:
         rank = self.losses[:, -1].cpu().argsort().argsort().float()
         weight = usable / (0.5 * len(self) + rank)
         return torch.multinomial(weight, size, replacement=True, generator=generator)
+
+
+def _unusable(trajectory: Trajectory, policy_steps: int) -> str | None:
+    """Why nothing can be learned from a run, or `None`."""
+    losses = trajectory.losses
+    scored = int(losses.isfinite().sum())
+    if not losses[[0, -1]].isfinite().all():
+        return "no loss of the first or the last state"
+    if losses[0] <= 0:
+        return "no loss to lower at the first state"
+    if scored <= policy_steps:
+        return f"{scored} scored states, `policy_steps`={policy_steps} needs {policy_steps + 1}"
+    return None
 
 
 def fit_scales(policy: LoHpPolicy, recordings: Recordings) -> None:

@@ -1,5 +1,6 @@
 """First-in first-out memory of on-policy rollouts and their scores."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,6 +26,48 @@ class Rollout:
     losses: Tensor
     features: TaskFeatures
     prefix: int
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Rollouts of one source, as `segments` takes them.
+
+    Args:
+        states: Shape (batch, time + 1, modules, width).
+        losses: Shape (batch, time + 1).
+        features: Features of this process's rollouts.
+        tasks: A number for each rollout, the same for those of one support set, shape (batch,).
+    """
+
+    states: Tensor
+    losses: Tensor
+    features: TaskFeatures
+    tasks: Tensor
+
+
+def batches_by_source(
+    rollouts: Sequence[Rollout], mine: Callable[[int], Sequence[int]]
+) -> Iterator[tuple[str, RolloutBatch]]:
+    """The batch of each source that has a rollout: `"on_policy"` and `"spliced"`, which begin with a recorded prefix.
+
+    Args:
+        rollouts: Rollouts of either source.
+        mine: Items of this process in a batch of that size, see `Processes.mine`.
+    """
+    for source, spliced in (("on_policy", False), ("spliced", True)):
+        batch = [item for item in rollouts if (item.prefix > 0) == spliced]
+        if batch:
+            # Rollouts of one support set share their features, bit for bit.
+            labels = torch.stack([item.features.labels for item in batch])
+            yield (
+                source,
+                RolloutBatch(
+                    torch.stack([item.states for item in batch]),
+                    torch.stack([item.losses for item in batch]),
+                    TaskFeatures.stack([batch[i].features for i in mine(len(batch))]),
+                    torch.unique(labels, dim=0, return_inverse=True)[1],
+                ),
+            )
 
 
 class ReplayBuffer:

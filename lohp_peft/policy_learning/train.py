@@ -13,13 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import TrainerCallback
 
-from lohp_peft.adapters import base_model_fingerprint
+from lohp_peft.adapters import AdapterLayout, base_model_fingerprint
 from lohp_peft.cards import is_hub_id
 from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, ReferenceSet
 from lohp_peft.policy_learning.callbacks import LOG_EVERY, reporters, training_arguments
 from lohp_peft.policy_learning.config import PolicyLearningConfig
+from lohp_peft.policy_learning.gradients import check_precision
 from lohp_peft.policy_learning.processes import only_writer
 from lohp_peft.policy_learning.recordings import Recordings, fit_scales
+from lohp_peft.policy_learning.sources import check_sources, sources_record
 from lohp_peft.policy_learning.trainer import LoHpTrainer
 from lohp_peft.tasks import (
     EpisodeSampler,
@@ -31,7 +33,7 @@ from lohp_peft.tasks import (
     fit_reference,
     tokenizer_fingerprint,
 )
-from lohp_peft.tasks.requirements import check_gradients
+from lohp_peft.tasks.requirements import check_gradients, frozen
 from lohp_peft.trajectories import TrajectoryDataset
 
 LOG_FILE = "log.jsonl"
@@ -77,23 +79,22 @@ def plan_training(
         validation_tasks: Tasks that choose among the validated policies.
 
     Raises:
-        ValueError: When a task without recording, or no recording of any task, is found.
+        ValueError: When recordings have no task among those given, or two tasks have one name.
     """
-    _check_recorded(tasks, dataset)
+    check_sources(tasks, dataset, validation_tasks)
     space = dataset.space
     sides = 2 if space.kind == "core" else 1  # only a core has an output basis
     settings = _policy_config(
-        dataset, config, embedding_size=space.layout.modules[0].d_in, module_features=sides * space.r
+        dataset, config, embedding_size=_embedding_size(space.layout), module_features=sides * space.r
     )
     policy = LoHpPolicy(settings)
-    hybrid = 0 if config.preset == "behaviour_cloning" else config.training_steps
     return TrainingPlan(
         len(tasks),
         len(validation_tasks),
         len(dataset),
         contrast_groups(tasks),
         config.cloning_steps,
-        hybrid,
+        config.hybrid_steps,
         policy.num_parameters(),
     )
 
@@ -121,7 +122,8 @@ def train_policy(
         tasks: Training tasks; those with recordings are imitated, all give episodes.
         encoder: Encoder of the base model, in the weight space of the recordings.
         dataset: Recorded trajectories.
-        output_dir: Folder of the policy; `checkpoint/` inside it continues a run that was stopped.
+        output_dir: Folder of the policy; `checkpoint/` inside it continues a run that was killed. It says what it was
+            trained on, and with anything else it is refused.
         config: Settings.
         validation_tasks: Tasks for choosing among the validated states of the policy.
         accelerator: Mixed precision, device and processes; made from the settings when absent.
@@ -135,8 +137,9 @@ def train_policy(
         The trained policy, as saved.
 
     Raises:
-        ValueError: When dataset, encoder and tasks do not belong together, naming both sides, or when `lohp+path` gets no
-            gradients through the base model.
+        ValueError: When dataset, encoder and tasks do not belong together, naming both sides, when two tasks have one name,
+            when `output_dir` holds the checkpoint of another training, listing all differences, when a launcher asks
+            for another mixed precision than bf16, or when `lohp+path` gets no gradients through the base model.
         RuntimeError: When a reporter is not installed, or another training writes to `output_dir`.
     """
     config = config or PolicyLearningConfig()
@@ -145,22 +148,26 @@ def train_policy(
         check_gradients(encoder.base_model)
     precision = None if config.mixed_precision == "no" else config.mixed_precision  # none: what a launcher says, or no
     accelerator = accelerator or Accelerator(mixed_precision=precision, cpu=encoder.stays_on_cpu)
+    check_precision(accelerator)
     encoder.base_model.to(accelerator.device)
     console = console or Console(stderr=True)
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    dataset.check_matches(space=encoder.space, base_fingerprint=base_model_fingerprint(encoder.base_model))
-    _check_recorded(tasks, dataset)
+    fingerprint = base_model_fingerprint(encoder.base_model)
+    dataset.check_matches(space=encoder.space, base_fingerprint=fingerprint, reading=encoder.reading)
+    check_sources(tasks, dataset, validation_tasks)
     recordings = Recordings.from_trajectories(list(dataset), config.policy_steps, config.final_weights_only)
-    encoder.base_model.requires_grad_(False)
-    with only_writer(output_dir, accelerator):
+    with only_writer(output_dir, accelerator), frozen(encoder.base_model):
         with _progress(console, accelerator) as progress:
             bank, held_out = (
                 TaskBank(encoder, rows_per_task=config.rows_per_task, seed=config.seed) for _ in range(2)
             )
             bar = progress.add_task("encoding tasks", total=len(tasks) + len(validation_tasks))
-            for task in [*tasks, *validation_tasks]:
-                (bank if task in tasks else held_out).add(task)
+            for task in tasks:
+                bank.add(task)
+                progress.advance(bar)
+            for task in validation_tasks:
+                held_out.add(task)
                 progress.advance(bar)
             size = {"support_size": config.support_size, "max_classes": config.max_classes}
             sampler = EpisodeSampler(bank.labels, contrast_groups(tasks), contrast=config.contrast, **size)
@@ -194,6 +201,7 @@ def train_policy(
                 log=log,
                 callbacks=callbacks,
                 arguments=training_arguments(config, accelerator, output_dir, report_to),
+                data=sources_record(tasks, encoder, dataset, validation_tasks),
             )
             progress.update(bar, total=trainer.total_steps)
             trainer.train(output_dir / "checkpoint")
@@ -233,7 +241,6 @@ def build_policy(
         config: Settings.
     """
     statistics = next(iter(bank.statistics.values()))
-    torch.manual_seed(config.seed)
     settings = _policy_config(
         dataset, config, embedding_size=statistics.embeddings.shape[-1], module_features=statistics.modules.shape[-1]
     )
@@ -242,7 +249,9 @@ def build_policy(
     settings.optimizers = list(recordings.optimizer_names)
     settings.pooling, settings.max_text_length = encoder.pooling, encoder.max_length
     settings.tokenizer_fingerprint = tokenizer_fingerprint(encoder.tokenizer)
-    policy = LoHpPolicy(settings)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.default_generator.manual_seed(config.seed)
+        policy = LoHpPolicy(settings)
     policy.set_space(dataset.space)
     reference = fit_reference(
         [s[torch.arange(min(len(s), 200))] for s in bank.statistics.values()], settings.principal_directions
@@ -302,19 +311,15 @@ def _policy_config(
     )
 
 
+def _embedding_size(layout: AdapterLayout) -> int:
+    """Size of the base model's hidden states, which every module reads or writes; without the model, the smaller of two."""
+    shared = set.intersection(*({spec.d_in, spec.d_out} for spec in layout.modules))
+    return min(shared, default=layout.modules[0].d_in)
+
+
 def _public_name(name: str) -> str:
     """A Hub id as it is; of a folder only its own name, for its path means nothing elsewhere."""
     return name if is_hub_id(name) else Path(name).name
-
-
-def _check_recorded(tasks: Sequence[Task], dataset: TrajectoryDataset) -> None:
-    names, recorded = {task.name for task in tasks}, set(dataset.tasks())
-    strangers = sorted(recorded - names)
-    if not names & recorded or strangers:
-        raise ValueError(
-            f"The trajectories and the training tasks must belong together: recordings of {strangers or 'no task'} "
-            f"have no task among the {len(names)} given. Pass the tasks that were recorded."
-        )
 
 
 def _progress(console: Console, accelerator: Accelerator) -> Progress:

@@ -2,11 +2,12 @@
 
 import copy
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,16 +26,15 @@ from lohp_peft.policy_learning.checkpoint import (
     write_checkpoint,
 )
 from lohp_peft.policy_learning.config import PolicyLearningConfig
-from lohp_peft.policy_learning.gradients import accumulate
+from lohp_peft.policy_learning.gradients import accumulate, check_precision
 from lohp_peft.policy_learning.losses import cloning_loss, divergence, segments
 from lohp_peft.policy_learning.on_policy import OnPolicy, episode_features, reference_temperature
 from lohp_peft.policy_learning.processes import Processes
 from lohp_peft.policy_learning.recordings import Recordings
-from lohp_peft.policy_learning.replay_buffer import ReplayBuffer
+from lohp_peft.policy_learning.replay_buffer import ReplayBuffer, batches_by_source
 from lohp_peft.policy_learning.sharding import placed, sharded_copy, shards_policy, whole
 from lohp_peft.tasks import Episode, EpisodeSampler, TaskBank, TaskFeatures
 
-logger = logging.getLogger(__name__)
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -57,9 +57,11 @@ class LoHpTrainer:
         log: Called with the training step and its scalars, after every step.
         callbacks: The `Trainer`'s callbacks; they may ask for validation, a checkpoint, a log or the end.
         arguments: What callbacks see of the settings, with the reporters in `report_to`; made from `config` when absent.
+        data: What it learns from, as JSON values by their names; a checkpoint made with other values is refused.
 
     Raises:
         RuntimeError: When the accelerator would take the policy apart by anything but FSDP2, or reporters are missing.
+        ValueError: When its mixed precision is neither none nor bf16.
 
     **Attributes**:
         - **policy** (`LoHpPolicy`) -- What is trained: the given policy, or under FSDP2 a copy of which every process
@@ -79,13 +81,15 @@ class LoHpTrainer:
         log: Log | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         arguments: TrainingArguments | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
+        check_precision(self.accelerator)
         self.processes, self.given = Processes(self.accelerator), policy
         self.sharded = shards_policy(self.accelerator)
         self.policy = self._copy(policy) if self.sharded else policy.to(self.accelerator.device)
         self.bank, self.recordings = bank, recordings.to(self.accelerator.device, policy.dtype)
-        self.sampler, self.config = sampler, config
+        self.sampler, self.config, self.data = sampler, config, dict(data or {})
         self.validation, self.log = validation, log or (lambda step, scalars: None)
         self.reference: LoHpPolicy | BackwardReference | None = None
         self.reference_loss = math.inf  # validation loss at which the reference was taken
@@ -93,6 +97,7 @@ class LoHpTrainer:
         self.on_policy = OnPolicy(self.policy, bank, self.recordings, sampler, config)
         self.buffer = ReplayBuffer(config.buffer_size)
         self.step, self.best = 0, (math.inf, -1)
+        self.total_steps = config.cloning_steps + config.hybrid_steps
         network = self.policy.forward_network
         groups = [
             {"params": network.gate_parameters(), "lr": config.learning_rate},
@@ -107,14 +112,10 @@ class LoHpTrainer:
             callbacks, arguments, self.policy, self.optimizer, self.accelerator, config, self.total_steps
         )
 
-    @property
-    def total_steps(self) -> int:
-        """Training steps of both phases."""
-        config = self.config
-        return config.cloning_steps + (0 if config.preset == "behaviour_cloning" else config.training_steps)
-
     def train(self, folder: Path | None = None) -> LoHpPolicy:
         """Run to the end, from the checkpoint in `folder` when there is one, and load the best validated weights.
+
+        A run that a callback stopped, as at the end of the time it was given, goes on where it stopped.
 
         Returns:
             The policy that was given, with these weights.
@@ -230,36 +231,21 @@ class LoHpTrainer:
         if self.reference is None:
             raise RuntimeError("There is no reference before the hybrid phase.")
         made = {}
+        balance = partial(
+            segments, self.policy, self.reference, temperature=self.temperature, processes=self.processes
+        )
         if self.config.mode != "on_policy":
-            made["recorded"] = segments(
-                self.policy,
-                self.reference,
-                self.recordings.states[index],
-                self.recordings.losses[index],
-                features,
-                optimizers,
-                self.temperature,
-                self.recordings.task_indices(index),
-                self.processes,
-            )
+            states, losses = self.recordings.states[index], self.recordings.losses[index]
+            tasks = self.recordings.task_indices(index)
+            made["recorded"] = balance(states, losses, features, optimizers, tasks=tasks)
         if self.config.mode != "off_policy":
             if (self.step - self.config.cloning_steps) % self.config.on_policy_every == 0:
                 self.policy.eval()
                 self.buffer.add(self.on_policy.fresh(self._generator("rollout"), splice=self.config.mode == "hybrid"))
                 self.policy.train()
             replayed = self.buffer.sample(self.config.recorded_batch_size, self._generator("replay"))
-            for source, wanted in (("on_policy", False), ("spliced", True)):
-                batch = [item for item in replayed if (item.prefix > 0) == wanted]
-                if batch:
-                    states = torch.stack([item.states for item in batch])
-                    losses = torch.stack([item.losses for item in batch])
-                    of = TaskFeatures.stack([batch[i].features for i in self.processes.mine(len(batch))])
-                    # Rollouts of one support set share their features, bit for bit.
-                    labels = torch.stack([item.features.labels for item in batch])
-                    tasks = torch.unique(labels, dim=0, return_inverse=True)[1]
-                    made[source] = segments(
-                        self.policy, self.reference, states, losses, of, None, self.temperature, tasks, self.processes
-                    )
+            for source, batch in batches_by_source(replayed, self.processes.mine):
+                made[source] = balance(batch.states, batch.losses, batch.features, None, tasks=batch.tasks)
         return made
 
     def _start_hybrid_phase(self) -> None:
@@ -343,16 +329,17 @@ class LoHpTrainer:
         if not self.accelerator.is_main_process:
             return
         record = {"best": list(self.best), "temperature": self.temperature, "reference_loss": self.reference_loss}
-        write_checkpoint(folder, self.step, groups, {**record, "config": asdict(self.config)})
+        record |= {"config": asdict(self.config), "data": self.data}
+        write_checkpoint(folder, self.step, groups, record)
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote into `folder`.
 
         Raises:
-            ValueError: When the checkpoint is damaged, or was made with other settings or for another policy, naming both
-                sides.
+            ValueError: When the checkpoint is damaged, or was made with other settings, from other data or for another
+                policy, naming both sides.
         """
-        groups, record = read_checkpoint(folder, asdict(self.config), str(self.accelerator.device))
+        groups, record = read_checkpoint(folder, asdict(self.config), self.data, str(self.accelerator.device))
         clones = {"best", "reference"} if self.config.reference == "clone" else {"best"}
         state, policies = self.policy.state_dict(), {"policy", *(clones & groups.keys())}
         check_same_shapes(folder, groups, state, policies)
@@ -364,6 +351,8 @@ class LoHpTrainer:
         load_optimizer(self.optimizer, groups.get("optimizer", {}))
         self.step, self.temperature = record["step"], record["temperature"]
         self.best, self.reference_loss = (record["best"][0], int(record["best"][1])), record["reference_loss"]
+        if self.best_weights:
+            self.events.best(self.best)
 
     def _load_reference(self, groups: Groups) -> None:
         if "reference" not in groups:

@@ -1,8 +1,9 @@
 """What is being adapted to: tasks, support sets, forward features and closed-form heads."""
 
 from lohp_peft.tasks.bank import TaskBank
-from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder, tokenizer_fingerprint
+from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
 from lohp_peft.tasks.features import TaskFeatures, TextStatistics, fit_reference, task_features
+from lohp_peft.tasks.fingerprint import task_fingerprint, tokenizer_fingerprint
 from lohp_peft.tasks.gradient_steps import VerifiedSteps, check_gradient_steps, leave_one_out_steps, verified_steps
 from lohp_peft.tasks.heads import HEADS, Head, calibrated_cross_entropy, leave_one_out_loss, solve_head
 from lohp_peft.tasks.task import Examples, Task, balanced_rows, draw
@@ -32,6 +33,7 @@ __all__ = [
     "leave_one_out_steps",
     "solve_head",
     "task_features",
+    "task_fingerprint",
     "tokenizer_fingerprint",
     "verified_steps",
 ]

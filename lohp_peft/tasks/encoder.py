@@ -1,12 +1,11 @@
 """Sentence embeddings of a base model under generated adapters, with the frozen lower layers run once."""
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,12 +17,12 @@ from lohp_peft.adapters.injection import evaluating, injected
 from lohp_peft.adapters.layout import base_of
 from lohp_peft.adapters.space import WeightSpace
 from lohp_peft.tasks.features import TextStatistics
+from lohp_peft.tasks.fingerprint import tokenizer_fingerprint
 from lohp_peft.tasks.requirements import LayerCalls, check_base_model, check_inputs
 
 POOLINGS = ("mean", "first", "last")
 LEAST_CHUNK = 8
 PROBE = ("a", "a b c d")
-_FINGERPRINTS: WeakKeyDictionary = WeakKeyDictionary()
 _PROBED: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -69,19 +68,6 @@ class EncodedTexts:
             return torch.cat([pad(t, (0, 0) * (t.dim() - 2) + (0, width - t.shape[1])) for t in tensors])
 
         return cls(*(stack(name) for name in ("hidden", "attention_mask", "token_ids", "token_types")))  # type: ignore[arg-type]
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """The SHA-256 of a tokenizer's class-independent behaviour: its vocabulary, in order.
-
-    Kept for each `tokenizer` as long as the size of its vocabulary stays (a seventh of a small generation's time; Ours).
-    """
-    size, found = _FINGERPRINTS.get(tokenizer, (None, ""))
-    if size != len(tokenizer):
-        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-        found = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
-        _FINGERPRINTS[tokenizer] = len(tokenizer), found
-    return found
 
 
 def _inverse(chunks: Sequence[Tensor]) -> Tensor:
@@ -192,6 +178,12 @@ class TextEncoder:
     def device(self) -> torch.device:
         """Device of the base model."""
         return next(self.base_model.parameters()).device
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How texts become embeddings, as JSON values; recordings, policies and checkpoints are compared by it."""
+        fingerprint = tokenizer_fingerprint(self.tokenizer)
+        return {"pooling": self.pooling, "max_length": self.max_length, "tokenizer": fingerprint}
 
     @property
     def stays_on_cpu(self) -> bool:

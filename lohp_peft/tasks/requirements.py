@@ -1,6 +1,7 @@
 """What a base model must be so that `TextEncoder` can read and adapt it; found out before any work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,6 +63,19 @@ def check_gradients(model: nn.Module) -> None:
             f"{len(packed)} modules have 4-bit weights on a CPU, such as {packed[0]}: bitsandbytes passes no gradients through "
             "them in evaluation mode. Train on a GPU, or with weights of 8 bits or more."
         )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for the parameters of a base model while it is learned from; afterwards they are as they were."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def check_inputs(calls: Mapping[str, Sequence[tuple[int, ...]]], texts: int, tokens: int) -> None:

@@ -19,6 +19,7 @@ from lohp_peft.files import TEMPORARY_SUFFIX, parse_tensors, sha256, write_atomi
 from lohp_peft.hub import PushReport, find_trajectories, push_folder
 from lohp_peft.trajectories.manifest import (
     MANIFEST_NAME,
+    READING_KEY,
     SHARD_FOLDER,
     SPACE_NAME,
     Manifest,
@@ -245,12 +246,16 @@ class TrajectoryDataset:
         """Number of usable trajectories."""
         return sum(len(self.manifest.shards[key].trajectories) for key in self.keys())
 
-    def check_matches(self, *, space: WeightSpace, base_fingerprint: str) -> None:
+    def check_matches(
+        self, *, space: WeightSpace, base_fingerprint: str, reading: Mapping[str, Any] | None = None
+    ) -> None:
         """Make sure that the dataset was recorded on this base model and in this weight space.
 
         Args:
             space: Weight space at hand.
             base_fingerprint: From `base_model_fingerprint`, of the base model at hand.
+            reading: `TextEncoder.reading`, how texts are read at hand; compared where the dataset says how its own were
+                (those of earlier versions and of `TrajectoryRecorder` do not).
 
         Raises:
             ValueError: Listing every difference, both sides named.
@@ -277,6 +282,10 @@ class TrajectoryDataset:
             ]
             if moved:
                 problems.append(f"bases {moved} differ; use the dataset's own `space`")
+        before = self.manifest.metadata.get(READING_KEY)
+        if reading is not None and isinstance(before, Mapping):
+            names = [name for name in {**before, **reading} if before.get(name) != reading.get(name)]
+            problems += [f"{n} of texts: recorded with {before.get(n)!r}, got {reading.get(n)!r}" for n in names]
         if problems:
             raise ValueError(f"{self.folder} does not fit: " + "; ".join(problems) + ".")
 

@@ -13,6 +13,8 @@ FORMAT = "lohp_peft.trajectories"
 MANIFEST_NAME = "manifest.json"
 SHARD_FOLDER = "shards"
 SPACE_NAME = "weight_space.safetensors"
+READING_KEY = "reading"
+"""Entry of the metadata that says how the texts were read that states were scored on: `TextEncoder.reading`."""
 
 
 @dataclass(frozen=True)

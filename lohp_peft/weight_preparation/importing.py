@@ -21,7 +21,7 @@ from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
 from lohp_peft.tasks.task import Task
 from lohp_peft.trajectories import Trajectory, TrajectoryDataset
 from lohp_peft.trajectories.importing import project_checkpoints
-from lohp_peft.trajectories.manifest import MANIFEST_NAME
+from lohp_peft.trajectories.manifest import MANIFEST_NAME, READING_KEY
 from lohp_peft.weight_preparation.checkpoints import CheckpointRun
 from lohp_peft.weight_preparation.config import WeightPreparationConfig
 from lohp_peft.weight_preparation.plan import METADATA_KEY, select_all_rows
@@ -109,7 +109,7 @@ def import_runs(
 
     Raises:
         ValueError: When a share is out of range, a run's task is missing or has too few rows, or a run or the dataset does
-            not fit the weight space, listing all.
+            not fit the weight space or, of texts, the encoder's reading, listing all.
     """
     wrong = [f"`{n}`={x}" for n, x in {"min_energy": min_energy, "min_gain": min_gain}.items() if not 0 <= x <= 1]
     if wrong:
@@ -170,7 +170,8 @@ def _existing(folder: Path, encoder: TextEncoder) -> TrajectoryDataset | None:
     if not (folder / MANIFEST_NAME).exists():
         return None
     dataset = TrajectoryDataset.open(folder, on_damage="skip")  # damaged runs are imported again
-    dataset.check_matches(space=encoder.space, base_fingerprint=base_model_fingerprint(encoder.base_model))
+    fingerprint = base_model_fingerprint(encoder.base_model)
+    dataset.check_matches(space=encoder.space, base_fingerprint=fingerprint, reading=encoder.reading)
     return dataset
 
 
@@ -180,7 +181,7 @@ def _create(folder: Path, encoder: TextEncoder, config: WeightPreparationConfig)
         space=encoder.space,
         base_fingerprint=base_model_fingerprint(encoder.base_model),
         base_model_name=getattr(getattr(encoder.base_model, "config", None), "_name_or_path", ""),
-        metadata={METADATA_KEY: config.to_dict()},
+        metadata={METADATA_KEY: config.to_dict(), READING_KEY: encoder.reading},
     )
 
 

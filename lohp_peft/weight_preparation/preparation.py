@@ -1,8 +1,7 @@
 """Weight preparation: record how offline optimizers solve many tasks."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,14 +12,13 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
 
 from lohp_peft.adapters.layout import base_model_fingerprint
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
-from lohp_peft.tasks.requirements import check_gradients
+from lohp_peft.tasks.requirements import check_gradients, frozen
 from lohp_peft.tasks.task import Task
 from lohp_peft.trajectories import Trajectory, TrajectoryDataset
-from lohp_peft.trajectories.manifest import MANIFEST_NAME
+from lohp_peft.trajectories.manifest import MANIFEST_NAME, READING_KEY
 from lohp_peft.weight_preparation.config import WeightPreparationConfig
 from lohp_peft.weight_preparation.optimizers import build_optimizer, hyperparameters, take_step
 from lohp_peft.weight_preparation.plan import METADATA_KEY, check_same_settings, select_all_rows
@@ -81,7 +79,7 @@ def prepare_trajectories(
 
     Raises:
         ValueError: When a task cannot be recorded, or `output_dir` holds a dataset of another base model, weight
-            space or configuration; all offenders are listed. When the base model passes no gradients.
+            space, reading of texts or configuration; all offenders are listed. When the base model passes no gradients.
     """
     config = config or WeightPreparationConfig()
     console = console or Console(stderr=True)
@@ -95,7 +93,7 @@ def prepare_trajectories(
     process.wait_for_everyone()  # nobody writes before all have seen the same pending tasks
     pending = [task for task in tasks if task.name not in recorded]
     reports: list[RunReport] = []
-    with _frozen(encoder.base_model), _progress(console, process) as progress:
+    with frozen(encoder.base_model), _progress(console, process) as progress:
         mine = _my_share(pending, process)
         bar = progress.add_task("weight preparation", total=len(mine) * len(config.optimizers) * len(config.seeds))
         for task in mine:
@@ -201,11 +199,11 @@ def _open_or_create(
             space=encoder.space,
             base_fingerprint=fingerprint,
             base_model_name=name,
-            metadata={METADATA_KEY: config.to_dict()},
+            metadata={METADATA_KEY: config.to_dict(), READING_KEY: encoder.reading},
         )
     process.wait_for_everyone()
     dataset = TrajectoryDataset.open(folder, on_damage="skip")  # damaged shards are recorded again
-    dataset.check_matches(space=encoder.space, base_fingerprint=fingerprint)
+    dataset.check_matches(space=encoder.space, base_fingerprint=fingerprint, reading=encoder.reading)
     check_same_settings(dataset, config)
     return dataset
 
@@ -215,19 +213,6 @@ def _my_share(tasks: list[Task], process: Accelerator | PartialState) -> list[Ta
         return []
     with process.split_between_processes(tasks) as share:
         return list(share)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for the base model's own parameters, which are left as they were."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _progress(console: Console, process: Accelerator | PartialState) -> Progress:

@@ -72,7 +72,11 @@ class TrajectoryRecorder(TrainerCallback):
     During training it only copies the LoRA matrices: at the start, every `record_every` optimizer steps, at every
     evaluation and at the end. With every checkpoint the new copies go to `trajectory_snapshots` in the output folder,
     from where a resumed run continues. `losses` are the `eval_loss` of evaluated states and NaN elsewhere; everything
-    else that was logged at a recorded step is in `metrics`. Needs whole parameters: not FSDP or ZeRO-3.
+    else that was logged at a recorded step is in `metrics`. Modules have the names of the base model without a head.
+    Needs whole parameters: not FSDP or ZeRO-3.
+
+    Stage 2 learns from the evaluated states of a run, the first and the last among them: set `eval_on_start=True`, and
+    `eval_steps` so that there are more of them than policy steps and the last step is one.
 
     Args:
         dataset_dir: Folder of the dataset; made when it does not exist.
@@ -189,6 +193,11 @@ class TrajectoryRecorder(TrainerCallback):
         key = self._free_key(dataset, trajectory)
         dataset.append(key, [trajectory])
         self.report = _report(key, dataset, encoded[-1].energy_kept, adapters[steps[-1]], len(steps))
+        if not trajectory.losses[[0, -1]].isfinite().all():
+            logger.warning(
+                f"The first or the last state of {key!r} was not evaluated; policy learning will leave the run out. Set "
+                "`eval_on_start=True`, and `eval_steps` so that the last step is one of them."
+            )
         if self.report.energy_kept < LOW_ENERGY:
             logger.warning(
                 f"The weight space of {dataset.folder} holds only {self.report.energy_kept:.0%} of the last update of "

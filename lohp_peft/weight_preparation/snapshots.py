@@ -27,6 +27,9 @@ class _LiveModule:
 class LiveAdapter:
     """The active LoRA of a `PeftModel` in training; its parameters are read, never written.
 
+    Modules have the names of the base model without a head, as stage 2 and policies know them: of a classifier's
+    `bert.encoder...`, the prefix is taken off.
+
     Raises:
         TypeError: When the model is no `PeftModel`.
         ValueError: Listing everything about the adapter that updates `scaling * B @ A` of linear layers cannot hold.
@@ -41,13 +44,15 @@ class LiveAdapter:
         if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
             problems.append(f"init_lora_weights={init!r} changes the base weights, so B @ A is not the whole update")
         self._modules: list[_LiveModule] = []
-        for path, layer in model.get_base_model().named_modules():
+        base_model = model.get_base_model()
+        prefix = f"{getattr(base_model, 'base_model_prefix', '')}."
+        for path, layer in base_model.named_modules():
             if isinstance(layer, LoraLayer):
                 active = [name for name in layer.active_adapters if name in layer.scaling]
                 found = _unsupported(layer, active)
                 problems += [f"module {path!r} {problem}" for problem in found]
                 if active and not found:
-                    self._modules.append(_live_module(path, layer, active[0]))
+                    self._modules.append(_live_module(path.removeprefix(prefix), layer, active[0]))
         if not problems and not self._modules:
             problems.append("the model has no active LoRA layer")
         if problems:
@@ -125,9 +130,9 @@ class SnapshotStore:
         return sorted(self.folder.glob("part-*.safetensors"))
 
 
-def _live_module(path: str, layer: LoraLayer, name: str) -> _LiveModule:
+def _live_module(module: str, layer: LoraLayer, name: str) -> _LiveModule:
     lora_A, lora_B = layer.lora_A[name].weight, layer.lora_B[name].weight
-    spec = spec_of(path, lora_A.shape[1], lora_B.shape[0])
+    spec = spec_of(module, lora_A.shape[1], lora_B.shape[0])
     return _LiveModule(spec, lora_A, lora_B, float(layer.scaling[name]))
 
 

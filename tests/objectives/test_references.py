@@ -26,6 +26,7 @@ def test_first_step_is_a_point_mass(states):
     reference = BackwardReference.fit(states, MASK)
     assert not reference.sigma[0].any()
     assert not log_prob(reference, states)[:, 0].any()
+    assert reference.point_masses.tolist() == [True] + [False] * (states.shape[1] - 2)
     assert (reference.sigma[1:] > 0).all()
 
 

@@ -85,6 +85,7 @@ def test_callbacks_may_ask_for_a_checkpoint_a_log_a_validation_and_the_end(build
     again = build_trainer(validate=True, **rhythm)
     again.train(tmp_path)
     assert again.step == 8  # it continues where it was stopped
+    assert again.events.state.best_metric == again.best[0] <= trainer.best[0]
 
 
 def test_the_trainers_early_stopping(build_trainer, monkeypatch):

@@ -28,8 +28,19 @@ def test_the_limits_of_lambda_are_allowed():
         ("support_size", 3, "at least 4"),
         ("max_classes", 1, "at least 2"),
         ("kl_target", 0.0, "above 0 nats"),
+        ("max_grad_norm", 0.0, "above 0"),
+        ("max_grad_norm", -1.0, "above 0"),
+        ("robust_delta", 0.0, "above 0 nats"),
+        ("noise_scale", 0.0, "above 0"),
+        ("ridge", -1.0, "above 0"),
+        ("cloning_weight", -1.0, "at least 0"),
+        ("free_learning_rate", -1.0, "at least 0"),
+        ("log_flow_learning_rate", float("nan"), "at least 0"),
+        ("num_directions", 0, "at least 1"),
+        ("hidden_size", 30, "a multiple of 4 attention heads"),
+        ("head", "rigde", "one of \\['ridge', 'prototype'\\]"),
     ],
 )
 def test_what_would_fail_late_fails_at_once(setting, value, rule):
-    with pytest.raises(ValueError, match=f"`{setting}` must be {rule}, got {value}"):
+    with pytest.raises(ValueError, match=f"`{setting}` must be {rule}, got {value!r}"):
         PolicyLearningConfig(**{setting: value})

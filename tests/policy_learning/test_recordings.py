@@ -24,14 +24,30 @@ def test_final_weights_only_is_a_straight_line(encoder):
     assert not torch.allclose(Recordings.from_trajectories([bent], 3).states[0], found.states[0])
 
 
-def test_unscored_runs_are_left_out_and_failed_ones_clipped(encoder):
-    unscored = build_trajectory(encoder.space, losses=torch.tensor([1.0] + [torch.nan] * 6))
+def test_runs_that_lack_losses_are_left_out_with_a_warning_and_failed_ones_clipped(encoder, caplog):
+    start, end = torch.tensor([torch.nan] + [1.0] * 6), torch.tensor([1.0, 0.9] + [torch.nan] * 5)
+    runs = [build_trajectory(encoder.space, losses=losses) for losses in (start, end)]
+    runs.append(build_trajectory(encoder.space, task="mood", losses=torch.tensor([1.0] + [torch.nan] * 5 + [0.5])))
     exploded = build_trajectory(encoder.space, task="ham", losses=torch.tensor([1.0, 0.9, 0.8, 3, 4, 5, 6]))
-    found = Recordings.from_trajectories([unscored, exploded], 3)
+    found = Recordings.from_trajectories([*runs, exploded], 3)
     assert found.tasks == ("ham",)
     assert found.losses.max() == MAX_RELATIVE_LOSS
-    with pytest.raises(ValueError, match="None of the 1 recorded trajectories is scored and finite"):
-        Recordings.from_trajectories([unscored], 3)
+    why = (
+        "2 of 'spam' (no loss of the first or the last state), 1 of 'mood' (2 scored states, `policy_steps`=3 needs 4)"
+    )
+    assert f"Left out 3 of 4 recorded runs: {why}. A run of `TrajectoryRecorder` is scored by" in caplog.text
+    with pytest.raises(ValueError, match=r"None of the 3 recorded trajectories can be learned from: 2 of 'spam' \(no"):
+        Recordings.from_trajectories(runs, 3)
+
+
+def test_knots_lie_among_the_scored_states(encoder, caplog):
+    """As every second state of a `Trainer` run is evaluated."""
+    run = build_trajectory(encoder.space)
+    partly = build_trajectory(encoder.space, losses=torch.where(torch.arange(7) % 2 == 0, run.losses, torch.nan))
+    found = Recordings.from_trajectories([partly], 3)
+    assert found.states[0].equal(run.states[::2])
+    torch.testing.assert_close(found.losses[0], run.losses[::2])
+    assert not caplog.text
 
 
 def test_scales_are_root_mean_squares_over_real_entries(recordings):

@@ -1,13 +1,18 @@
+import json
+from contextlib import nullcontext
+
 import pytest
 import torch
+from accelerate import Accelerator
 from filelock import FileLock
 from rich.console import Console
+from transformers import TrainerCallback
 
-from lohp_peft.adapters import base_model_fingerprint
+from lohp_peft.adapters import AdapterLayout, CoreSpace, LoraBSpace, ModuleSpec, base_model_fingerprint
 from lohp_peft.hub import check_folder
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.policy_learning import plan_training, train_policy
-from lohp_peft.tasks import tokenizer_fingerprint
+from lohp_peft.tasks import TextEncoder, tokenizer_fingerprint
 from lohp_peft.trajectories import TrajectoryDataset
 from policy_learning.conftest import TASKS, assert_same_weights, build_trajectory, tiny_config
 from tiny import build_encoder, build_task
@@ -54,6 +59,60 @@ def test_recordings_in_policy_out(encoder, dataset, tmp_path):
     assert sorted(files) == ["config.json", *(f"{name}.safetensors" for name in ("model", "reference_set", "space"))]
 
 
+def test_a_checkpoint_of_another_training_is_refused_with_all_that_differs(encoder, dataset, trajectories, tmp_path):
+    """Other recordings in another weight space of the same shape, other rows, another validation task, another reading."""
+    folder, news = tmp_path / "policy", build_task("news", seed=7)
+    before = train(encoder, dataset, folder, validation_tasks=[news]).state_dict()
+    layout, generator = encoder.space.layout, torch.Generator().manual_seed(1)
+    bases = [torch.linalg.qr(torch.randn(spec.d_in, 2, generator=generator))[0] for spec in layout.modules]
+    space = CoreSpace(layout, 2, bases, bases)
+    other = TrajectoryDataset.create(
+        tmp_path / "other", space=space, base_fingerprint=dataset.manifest.base_fingerprint, base_model_name="tiny"
+    )
+    tasks = [build_task("spam", seed=9), *TASKS[1:]]
+    for task in tasks:
+        other.append(task.name, [run for run in trajectories if run.task == task.name])
+    reader = TextEncoder(encoder.base_model, encoder.tokenizer, space, pooling="last", max_length=9)
+    config = tiny_config(cloning_steps=2, training_steps=2)
+    with pytest.raises(ValueError, match="trained on other data") as error:
+        train_policy(tasks, reader, other, folder, config, console=Console(quiet=True))
+    named = ("'dataset'", "'recordings'", "'weight space'", "\"training task 'spam'\"", "\"validation task 'news'\"")
+    for part in (*named, "'pooling': ('mean', 'last')", "'max_length': (128, 9)"):
+        assert part in str(error.value)
+    assert "'ham'" not in str(error.value)
+    assert_same_weights(LoHpPolicy.from_pretrained(folder).state_dict(), before)
+
+
+def test_a_checkpoint_that_does_not_say_its_data_is_refused(encoder, dataset, tmp_path):
+    """As those of earlier versions."""
+    train(encoder, dataset, tmp_path / "policy")
+    state = tmp_path / "policy" / "checkpoint" / "state.json"
+    state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "data"}))
+    with pytest.raises(ValueError, match=rf"'dataset': \(None, '{dataset.manifest.dataset_id}'\)"):
+        train(encoder, dataset, tmp_path / "policy")
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
+def test_the_base_model_is_frozen_for_the_training_only(encoder, dataset, tmp_path, fails):
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(any(parameter.requires_grad for parameter in parameters))
+            if fails:
+                raise KeyError("out of luck")
+
+    parameters, seen = list(encoder.base_model.parameters())[:3], []
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with pytest.raises(KeyError) if fails else nullcontext():
+            train(encoder, dataset, tmp_path / "policy", callbacks=[Watch])
+        assert seen
+        assert not any(seen)
+        assert [p.requires_grad for p in list(encoder.base_model.parameters())[:4]] == [True, True, True, False]
+    finally:
+        encoder.base_model.requires_grad_(False)
+
+
 def test_one_run_a_folder(encoder, dataset, tmp_path):
     """A second training is refused and changes nothing; afterwards the folder is free."""
     folder = tmp_path / "policy"
@@ -84,6 +143,13 @@ def test_a_reporter_that_is_missing_is_said_before_any_work(encoder, dataset, tm
     assert not (tmp_path / "policy").exists()
 
 
+def test_fp16_is_refused_before_any_work(encoder, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    with pytest.raises(ValueError, match="got an accelerator of 'fp16'"):
+        train(encoder, dataset, tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+
+
 @pytest.mark.parametrize("name", ["someone/tiny-bert", "tiny-bert"])
 def test_a_hub_id_stays_whole_and_comes_from_the_base_model(encoder, dataset, tmp_path, name):
     encoder.base_model.config._name_or_path = name
@@ -95,7 +161,7 @@ def test_a_hub_id_stays_whole_and_comes_from_the_base_model(encoder, dataset, tm
 
 def test_the_plan_is_what_happens(encoder, dataset, tmp_path):
     config = tiny_config(cloning_steps=2, training_steps=2)
-    plan = plan_training(TASKS, dataset, config, TASKS[:1])
+    plan = plan_training(TASKS, dataset, config, [build_task("news")])
     assert (plan.tasks, plan.validation_tasks, plan.trajectories) == (3, 1, 6)
     assert plan.contrast_groups == [["spam", "ham"]]
     assert (plan.cloning_steps, plan.training_steps) == (2, 2)
@@ -104,14 +170,46 @@ def test_the_plan_is_what_happens(encoder, dataset, tmp_path):
     assert plan.policy_parameters == pytest.approx(policy.num_parameters(), rel=0.05)
 
 
+def test_the_plan_does_not_depend_on_which_module_comes_first(tmp_path):
+    """The output of an MLP reads more than the hidden states have."""
+    modules = [ModuleSpec("mlp.output", 24, 16, "output", 0), ModuleSpec("query", 16, 16, "query", 0)]
+    counts = []
+    for name, order in (("mlp first", modules), ("query first", modules[::-1])):
+        space = LoraBSpace.seeded(AdapterLayout(tuple(order)), 2)
+        about = {"base_fingerprint": "f", "base_model_name": "tiny"}
+        made = TrajectoryDataset.create(tmp_path / name, space=space, **about)
+        made.append("spam", [build_trajectory(space)])
+        counts.append(plan_training(TASKS, made, tiny_config()).policy_parameters)
+    assert counts[0] == counts[1]
+
+
+def test_the_seed_alone_decides_and_the_callers_random_numbers_stay(encoder, dataset, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = train(encoder, dataset, tmp_path / "first").state_dict()
+    assert torch.rand(3).equal(expected)
+    assert_same_weights(train(encoder, dataset, tmp_path / "second").state_dict(), first)
+
+
 def test_what_does_not_belong_together_is_refused(encoder, dataset, tmp_path):
     with pytest.raises(ValueError, match=r"recordings of \['mood'\] have no task among the 2 given"):
         plan_training(TASKS[:2], dataset, tiny_config())
     with pytest.raises(ValueError, match="recordings of"):
         plan_training([build_task("news")], dataset, tiny_config())
+    twice = r"2 training tasks are named 'spam'; 'ham' is a training task and a validation task\."
+    with pytest.raises(ValueError, match=twice):
+        plan_training([*TASKS, build_task("spam", seed=9)], dataset, tiny_config(), [TASKS[1]])
+    with pytest.raises(ValueError, match="'mood' is a training task and a validation task"):
+        train(encoder, dataset, tmp_path / "policy", validation_tasks=[TASKS[2], build_task("news")])
     other = build_encoder(adapted=(2,))
     with pytest.raises(ValueError, match="weight space|layout|space"):
         train(other, dataset, tmp_path / "policy")
+    reading = {"reading": {**encoder.reading, "pooling": "last"}}
+    about = {"base_fingerprint": dataset.manifest.base_fingerprint, "base_model_name": "tiny", "metadata": reading}
+    read = TrajectoryDataset.create(tmp_path / "read", space=encoder.space, **about)
+    with pytest.raises(ValueError, match="pooling of texts: recorded with 'last', got 'mean'"):
+        train(encoder, read, tmp_path / "policy")
     changed = build_encoder(adapted=(1, 2))
     with torch.no_grad():
         changed.base_model.embeddings.word_embeddings.weight.mul_(2)

@@ -1,8 +1,10 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from lohp_peft.policy import rollout
 from lohp_peft.policy_learning import on_policy as on_policy_module
@@ -189,6 +191,14 @@ def test_divergence_is_an_error_and_no_update(build_trainer):
     assert trainer.policy.forward_network.gates.weight.isfinite().all()
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_precisions_that_scale_gradients_are_refused(build_trainer, monkeypatch, precision):
+    """They are taken by `torch.autograd.grad`, which knows no scaler."""
+    monkeypatch.setattr(Accelerator, "mixed_precision", precision)
+    with pytest.raises(ValueError, match=rf"one of \['no', 'bf16'\], got an accelerator of '{precision}'"):
+        build_trainer()
+
+
 def test_the_gradient_of_each_loss_is_clipped_on_its_own():
     parameter = torch.nn.Parameter(torch.zeros(3, 4))
     large = {"subtb": (1e6 * parameter.sum(), 0.5), "path": (parameter.flatten()[0] * 1e-4, 1.0)}
@@ -289,31 +299,60 @@ def test_the_clone_is_taken_anew_when_the_policy_is_better_and_far(build_trainer
     assert "refreshed" not in never._refresh_reference(-1.0)
 
 
-def test_the_temperature_of_a_backward_policy_balances_the_recordings(build_trainer, recordings, monkeypatch, caplog):
-    """The mean decrease of the loss, in nats, is the mean cost of the recorded paths."""
-    trainer = build_trainer(preset="lohp", reference="backward", cloning_steps=0)
+def bent_recordings(encoder, unit=1.0):
+    """Runs that no contraction describes, all from no adapter, with weights in units of `unit`."""
+    runs = []
+    for seed, name in enumerate(("spam", "ham", "mood") * 2):
+        run = build_trajectory(encoder.space, name, seed=seed)
+        noise = torch.randn(run.states.shape, generator=torch.Generator().manual_seed(seed)) * encoder.space.mask
+        runs.append(replace(run, states=unit * (run.states + 0.1 * noise * (run.states != 0))))
+    return Recordings.from_trajectories(runs, 3)
+
+
+def test_the_temperature_of_a_backward_policy_balances_the_recordings(build_trainer, encoder, monkeypatch, caplog):
+    """The mean decrease of the loss behind the point mass, in nats, is the mean cost of the recorded paths there."""
+    recordings = bent_recordings(encoder)
+    trainer = build_trainer(preset="lohp", reference="backward", cloning_steps=0, recordings=recordings)
     trainer._start_hybrid_phase()
     assert "less likely than the fitted backward policy" in caplog.text  # of a policy that was not cloned
     assert trainer.temperature > 0
-    decrease = float((recordings.losses[:, 0] - recordings.losses[:, -1]).mean())
+    assert trainer.reference.point_masses.tolist() == [True, False, False]
+    decrease = float((recordings.losses[:, 1] - recordings.losses[:, -1]).mean())
     monkeypatch.setattr(on_policy_module, "_path_costs", lambda *args: torch.tensor([4.0, 12.0]))
     trainer._set_reference(trainer.reference)
     assert trainer.temperature == pytest.approx(decrease / 8)
     monkeypatch.setattr(on_policy_module, "_path_costs", lambda *args: torch.tensor([1e9]))
     trainer._set_reference(trainer.reference)
-    assert trainer.temperature == pytest.approx(decrease / on_policy_module.MAX_REWARD_RANGE)
+    whole = float((recordings.losses[:, 0] - recordings.losses[:, -1]).mean())
+    assert trainer.temperature == pytest.approx(whole / on_policy_module.MAX_REWARD_RANGE)
+    rising = torch.linspace(0.5, 0.9, 3).expand(6, -1)  # all that is won is won in the first step
+    trainer.recordings.losses[:, 1:] = rising
+    caplog.clear()
+    trainer._set_reference(trainer.reference)
+    assert "do not fall behind the first step (by -0.4 on average)" in caplog.text
 
 
-def test_path_costs_are_log_ratios_of_the_recorded_runs(build_trainer, recordings):
-    trainer = build_trainer(preset="lohp", reference="backward", cloning_steps=0)
+def path_costs(trainer):
     trainer._start_hybrid_phase()
-    costs = on_policy_module._path_costs(trainer.on_policy, trainer.reference, torch.Generator().manual_seed(0))
+    return on_policy_module._path_costs(trainer.on_policy, trainer.reference, torch.Generator().manual_seed(0))
+
+
+def test_path_costs_are_log_ratios_of_the_recorded_runs_without_the_point_mass(build_trainer, encoder):
+    recordings = bent_recordings(encoder)
+    trainer = build_trainer(preset="lohp", reference="backward", cloning_steps=0, recordings=recordings)
+    costs = path_costs(trainer)
     assert costs.shape == (6,)
     generator = torch.Generator().manual_seed(0)
     episode = trainer.sampler.whole_task_episode(recordings.tasks[0], generator)
     run = recordings.states[:1], trainer._features([episode]), recordings.optimizers[:1]
-    log_pf, log_ref = log_probabilities(trainer.policy, trainer.reference, *run)
-    assert float(costs[0]) == pytest.approx(float((log_pf - log_ref).sum()), rel=1e-4)
+    log_pf, log_ref = (x.detach() for x in log_probabilities(trainer.policy, trainer.reference, *run))
+    assert float(costs[0].detach()) == pytest.approx(float((log_pf - log_ref)[:, 1:].sum()), rel=1e-4)
+
+
+def test_path_costs_do_not_depend_on_the_unit_of_the_weights(build_trainer, encoder):
+    settings = {"preset": "lohp", "reference": "backward", "cloning_steps": 0}
+    found = [path_costs(build_trainer(recordings=bent_recordings(encoder, unit), **settings)) for unit in (1.0, 0.01)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=0.1)
 
 
 def test_tasks_without_episodes_do_not_count_in_path_costs(build_trainer):

@@ -149,6 +149,18 @@ def test_damaged_bases_are_never_skipped(dataset):
         TrajectoryDataset.open(dataset.folder, on_damage="skip")
 
 
+def test_another_reading_of_texts_is_refused_where_the_dataset_names_its_own(dataset, space, tmp_path):
+    mine = {"space": space, "base_fingerprint": "f" * 64}
+    dataset.check_matches(**mine, reading={"pooling": "last"})  # of an earlier version: it does not say
+    about = {"reading": {"pooling": "mean", "max_length": 128, "tokenizer": "t"}}
+    named = TrajectoryDataset.create(tmp_path / "named", **mine, base_model_name="tiny", metadata=about)
+    named.check_matches(**mine, reading=about["reading"])
+    named.check_matches(**mine)
+    wrong = "pooling of texts: recorded with 'mean', got 'last'; max_length of texts: recorded with 128, got 4"
+    with pytest.raises(ValueError, match=wrong):
+        named.check_matches(**mine, reading={"pooling": "last", "max_length": 4, "tokenizer": "t"})
+
+
 def test_check_matches_lists_every_difference(dataset, space):
     dataset.check_matches(space=space, base_fingerprint="f" * 64)
     other = LoraBSpace.seeded(AdapterLayout((ModuleSpec("x", 6, 5, "x", -1),)), r=3, seed=0)

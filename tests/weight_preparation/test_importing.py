@@ -202,6 +202,9 @@ def test_an_import_is_continued_and_added_to(tmp_path, foreign, tasks, tokenizer
     assert table.caption == "Refused:\nmood (mood): too little"
     with pytest.raises(ValueError, match=r"scored with other settings: `score_query_rows` was 8, now 4"):
         import_runs(runs, tasks, encoder, folder, replace(SCORING, score_query_rows=4), **options)
+    last = TextEncoder(encoder.base_model, tokenizer, encoder.space, pooling="last")
+    with pytest.raises(ValueError, match="pooling of texts: recorded with 'mean', got 'last'"):
+        import_runs(runs, tasks, last, folder, **options)
     other = encoder_in(checkpoint_space(runs, build_base_model(), "core", 4), tokenizer)
     with pytest.raises(ValueError, match="r=8, got 'core' r=4"):
         import_runs(runs, tasks, other, folder, **options)

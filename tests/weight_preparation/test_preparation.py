@@ -7,6 +7,7 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 
 from lohp_peft.tasks.encoder import TextEncoder
+from lohp_peft.tasks.fingerprint import tokenizer_fingerprint
 from lohp_peft.tasks.heads import solve_head
 from lohp_peft.weight_preparation import (
     WeightPreparationConfig,
@@ -114,6 +115,15 @@ def test_another_base_model_is_refused(tasks, encoder, tokenizer, space, tmp_pat
             parameter.mul_(2)
     with pytest.raises(ValueError, match="base model: recorded on"):
         prepare_trajectories(tasks, TextEncoder(other, tokenizer, space), tmp_path / "out", config, console=quiet)
+
+
+def test_another_reading_of_texts_is_refused(tasks, encoder, tokenizer, space, base_model, tmp_path, config, quiet):
+    dataset = prepare_trajectories(tasks[:1], encoder, tmp_path / "out", config, console=quiet)
+    assert dataset.manifest.metadata["reading"] == encoder.reading
+    assert encoder.reading == {"pooling": "mean", "max_length": 128, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    other = TextEncoder(base_model, tokenizer, space, pooling="last", max_length=4)
+    with pytest.raises(ValueError, match="pooling of texts: recorded with 'mean', got 'last'; max_length of texts"):
+        prepare_trajectories(tasks, other, tmp_path / "out", config, console=quiet)
 
 
 def test_all_unusable_tasks_are_listed(encoder, tmp_path, config, quiet):

@@ -2,13 +2,14 @@ import json
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback
+from peft import LoraConfig, get_peft_model
+from transformers import BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 
 from lohp_peft.adapters.layout import AdapterLayout, base_model_fingerprint
 from lohp_peft.adapters.space import CoreSpace, LoraBSpace
 from lohp_peft.trajectories import TrajectoryDataset
 from lohp_peft.weight_preparation import TrajectoryRecorder
-from lohp_peft.weight_preparation.snapshots import SnapshotStore
+from lohp_peft.weight_preparation.snapshots import LiveAdapter, SnapshotStore
 from tiny import build_base_model
 from weight_preparation.conftest import lora_model, train
 
@@ -88,6 +89,25 @@ def test_losses_are_of_evaluated_states_and_metrics_of_logged_steps(tmp_path):
     assert run.losses.isfinite().tolist() == [True, True, False, True, True]
     assert run.metrics["loss"].isfinite().tolist() == [False, True, True, True, True]
     assert {"loss", "grad_norm", "learning_rate"} == set(run.metrics)
+
+
+def test_a_run_that_stage_2_would_leave_out_is_said(tmp_path, caplog):
+    evaluation = {"eval_strategy": "steps", "eval_steps": 4}
+    train(tmp_path / "run", TrajectoryRecorder(tmp_path / "rec", "toy"), **evaluation)
+    assert "policy learning will leave the run out. Set `eval_on_start=True`" in caplog.text
+    caplog.clear()
+    train(tmp_path / "run", TrajectoryRecorder(tmp_path / "scored", "toy"), eval_on_start=True, **evaluation)
+    assert "leave the run out" not in caplog.text
+
+
+def test_modules_have_the_names_of_the_model_without_a_head():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(build_base_model().config)
+    config = LoraConfig(r=2, target_modules=["query", "classifier"])
+    adapter = LiveAdapter(get_peft_model(model, config))
+    names = [f"encoder.layer.{i}.attention.self.query" for i in range(2)]
+    assert [module.name for module in adapter.layout.modules] == [*names, "classifier"]
+    assert list(adapter.adapter(adapter.snapshot())) == [*names, "classifier"]
 
 
 def test_gradient_accumulation_counts_optimizer_steps(tmp_path):
