@@ -35,7 +35,6 @@ from lohp_peft.policy_learning.replay_buffer import ReplayBuffer, batches_by_sou
 from lohp_peft.policy_learning.sharding import placed, sharded_copy, shards_policy, whole
 from lohp_peft.tasks import Episode, EpisodeSampler, TaskBank, TaskFeatures
 
-
 Log = Callable[[int, Mapping[str, float]], None]
 
 
