@@ -33,8 +33,8 @@ def _seeds(row: Mapping[str, Any]) -> str:
 HEADLINE = {
     "no adapter": ("none", "none", "none", "none"),
     "AdamW on the same examples": ("adamw_80", "adamw_80", None, None),
-    "mean of the training adapters": ("mean", "mean", "mean", None),
-    "one multi-task adapter": ("multi_task", "multi_task", "multi_task", "floor"),
+    "mean of the training adapters": ("mean", "mean", "mean", "mean"),
+    "one multi-task adapter": ("multi_task", "multi_task", "multi_task", "multi_task"),
     "**generated**": ("ours", "ours", "ours", "ours"),
     "**generated**, with confirmed gradient steps": ("ours_steps", "ours_steps", "ours_steps", None),
 }
@@ -55,7 +55,7 @@ def headline(compared: Mapping[str, Any], transferred: Mapping[str, Any], contra
         f"{len(compared['tasks'])} unseen tasks",
         "their new domains of known families",
         f"{len(transferred['tasks'])} tasks of families left out",
-        f"{overall['labelings']} labelings that only labels tell",
+        f"{overall['labelings']} labelings of texts that have two",
     )
     return table(header, rows)
 
@@ -175,8 +175,9 @@ def contrast(result: Mapping[str, Any]) -> str:
     scored = [result["pairs"][name]["labelings"][labeling] for name, labeling in columns]
     derived = [*(result["pairs"][name]["derived"][labeling] for name, labeling in columns), overall]
     rows = [
-        (NAMES[method], *(with_error(column[method]) for column in scored), percent(accuracy))
-        for method, accuracy in overall["accuracy"].items()
+        (NAMES[method], *(with_error(column[method]) for column in scored), percent(overall["accuracy"][method]))
+        for method in NAMES
+        if method in overall["accuracy"]
     ]
     rows += [
         (title, *(_derived(column, key) for column in derived)) for key, title in CONTRASTS.items() if key in overall
