@@ -17,13 +17,13 @@ from lohp_peft.tasks import (
     TextEncoder,
     TextStatistics,
     balanced_rows,
-    check_gradient_steps,
     leave_one_out_loss,
     solve_head,
     task_features,
     verified_steps,
 )
 from lohp_peft.tasks.encoder import EncodedTexts
+from lohp_peft.tasks.requirements import check_gradients
 
 TOO_FEW_FOR_STEPS = "Gradient steps need two classes of four examples."
 
@@ -135,7 +135,7 @@ class CandidateSet:
     def __init__(self, policy: LoHpPolicy, encoder: TextEncoder, examples: list[Examples], config: GenerationConfig):
         self.policy, self.encoder, self.examples, self.config = policy, encoder, examples, config
         if config.gradient_steps:
-            check_gradient_steps(encoder)
+            check_gradients(encoder.base_model)
         self.sizes = [len(task) for task in examples]
         prepared = [encoder.prepare(task.texts, task.texts_b) for task in examples]
         self.truncated = [_count_truncated(encoder, *pair) for pair in zip(examples, prepared, strict=True)]

@@ -4,7 +4,7 @@ from lohp_peft.tasks.bank import TaskBank
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
 from lohp_peft.tasks.features import TaskFeatures, TextStatistics, fit_reference, task_features
 from lohp_peft.tasks.fingerprint import task_fingerprint, tokenizer_fingerprint
-from lohp_peft.tasks.gradient_steps import VerifiedSteps, check_gradient_steps, leave_one_out_steps, verified_steps
+from lohp_peft.tasks.gradient_steps import VerifiedSteps, leave_one_out_steps, verified_steps
 from lohp_peft.tasks.heads import HEADS, Head, calibrated_cross_entropy, leave_one_out_loss, solve_head
 from lohp_peft.tasks.task import Examples, Task, balanced_rows, draw
 from lohp_peft.tasks.variants import Episode, EpisodeSampler, contrast_groups, contrast_task
@@ -24,7 +24,6 @@ __all__ = [
     "VerifiedSteps",
     "balanced_rows",
     "calibrated_cross_entropy",
-    "check_gradient_steps",
     "contrast_groups",
     "contrast_task",
     "draw",

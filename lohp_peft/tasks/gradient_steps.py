@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
 from lohp_peft.tasks.heads import calibrated_cross_entropy, leave_one_out_loss, solve_head
-from lohp_peft.tasks.requirements import check_gradients
 from lohp_peft.tasks.task import balanced_rows
 
 LEAST_ROWS = 4
@@ -40,24 +39,6 @@ class VerifiedSteps:
     change: tuple[float, float]
     steps: int
     confirmed: bool
-
-
-def check_gradient_steps(encoder: TextEncoder) -> None:
-    """Refuse gradient steps where there can be no gradients.
-
-    Args:
-        encoder: The encoder whose base model is adapted.
-
-    Raises:
-        RuntimeError: Inside `torch.inference_mode`.
-        ValueError: For a base model that passes no gradients on, see `check_gradients`.
-    """
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "`gradient_steps` needs gradients, which `torch.inference_mode` forbids. Call outside of it, or without "
-            "`gradient_steps`, which is forward-only."
-        )
-    check_gradients(encoder.base_model)
 
 
 def verified_steps(

@@ -138,8 +138,6 @@ def test_nobody_else_gets_a_gradient(generate, policy, encoder):
         parameter.requires_grad_(before)
 
 
-def test_refusals(generate):
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
-        generate([SUPPORT], STEPS)
+def test_refusals():
     with pytest.raises(ValueError, match="`gradient_steps` must be at least 0, got -1; `gradient_learning_rate`"):
         GenerationConfig(gradient_steps=-1, gradient_learning_rate=0.0)
