@@ -176,7 +176,8 @@ def summarise(
 ) -> dict[str, Any]:
     """By method (and control): means over tasks and seeds, and each of ours minus it, paired by task, with its intervals.
 
-    `of` tells the family of a task, for the interval over families. A method with fewer draws than the others is paired with ours on these.
+    `of` tells the family of a task, for the interval over families. A method with fewer draws than the others is paired
+    with ours on these.
     """
     grouped: dict[str, list[str]] = {}
     for key in found:
@@ -209,8 +210,8 @@ def summarise(
         for mine in (mine for mine in ours if mine in grouped and mine != name):
             each = [a - b for a, b in zip(accuracy_of(grouped[mine], draws), accuracy, strict=True)]
             better = sum(difference > 0 for difference in each)
-            families = [of[task] for task in tasks] if of else None
-            made[name][f"{mine}_minus_it"] = {**with_interval(each, families), "tasks_better": better}
+            kinds = [of[task] for task in tasks] if of else None
+            made[name][f"{mine}_minus_it"] = {**with_interval(each, kinds), "tasks_better": better}
     return made
 
 

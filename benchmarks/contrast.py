@@ -329,9 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lacking = {name: common if name in pending else lacking_of(files[name], common) for name in options.pairs}
     unfinished = [name for name, states in lacking.items() if states]
     if unfinished:
-        pools = {
-            name: pools_of(CONTRAST_PAIRS[name], options) for name in unfinished
-        }  # fails before anything is trained
+        # All of them first, which fails before anything is trained.
+        pools = {name: pools_of(CONTRAST_PAIRS[name], options) for name in unfinished}
         encoder, dtype = encoder_of(policy, model, tokenizer), torch.bfloat16 if options.bf16 else None
         training = encoder_of(policy, load_base_model(options.base_model, "eager")[0], tokenizer, dtype)
         for name in unfinished:

@@ -1,6 +1,5 @@
 """Generated adapters as plain LoRA folders, which load without this package."""
 
-import hashlib
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import Adapter
-from lohp_peft.files import read_tensors, write_atomically
+from lohp_peft.files import read_tensors, sha256, write_atomically
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
@@ -90,7 +89,7 @@ def fingerprints(tensors: Iterable[Tensor], exact: bool = False) -> Fingerprints
             cast = tensor.to(dtype)
             if not exact or torch.equal(cast.to(tensor.dtype), tensor):
                 values = cast.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                digests.add(hashlib.sha256(f"{tuple(tensor.shape)}".encode() + values).hexdigest())
+                digests.add(sha256(f"{tuple(tensor.shape)}".encode() + values))
     return {dtype: frozenset(digests) for dtype, digests in found.items()}
 
 

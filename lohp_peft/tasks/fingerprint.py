@@ -1,10 +1,10 @@
 """Digests of tokenizers and tasks, by which another one is recognised."""
 
-import hashlib
 import json
 from dataclasses import asdict
 from weakref import WeakKeyDictionary
 
+from lohp_peft.files import sha256
 from lohp_peft.tasks.task import Task
 
 _FINGERPRINTS: WeakKeyDictionary = WeakKeyDictionary()
@@ -18,7 +18,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
     size, found = _FINGERPRINTS.get(tokenizer, (None, ""))
     if size != len(tokenizer):
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-        found = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+        found = sha256(json.dumps(vocabulary).encode())
         _FINGERPRINTS[tokenizer] = len(tokenizer), found
     return found
 
@@ -29,4 +29,4 @@ def task_fingerprint(task: Task) -> str:
     Neither its own name nor the licence counts.
     """
     content = {"examples": asdict(task.examples), "splits": task.splits, "family": task.family}
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return sha256(json.dumps(content).encode())
