@@ -16,6 +16,7 @@ from rendering import (
     where,
     with_error,
 )
+from setting import with_interval
 
 
 def _title(name: str) -> str:
@@ -115,6 +116,31 @@ def compare_more(result: Mapping[str, Any]) -> str:
         found = {name: row for name, row in methods.items() if "|" not in name}  # without controls
         parts.append(_methods(f"new domains, {shots} examples per class", found))
     return "\n\n".join(parts)
+
+
+KINDS = ("none", "mean", "multi_task", "adamw_80", "adamw_full_data", "ours", "ours_steps")
+
+
+def compare_kinds(result: Mapping[str, Any], few_shot: Mapping[str, Any]) -> str:
+    """Means by family of tasks, most tasks first, and over all but the first family; the families are those of few_shot."""
+    families: dict[str, list[str]] = {}
+    for name in result["tasks"]:
+        families.setdefault(few_shot["tasks"][name]["family"], []).append(name)
+    ordered = dict(sorted(families.items(), key=lambda item: -len(item[1])))
+    first = next(iter(ordered))
+    ordered[f"all but {first}"] = [name for name in result["tasks"] if name not in ordered[first]]
+
+    def accuracies(method: str, names: list[str]) -> list[float]:
+        wanted = [key for key in result["tasks"][names[0]] if key.split("/")[0] == method and key.endswith("/16/")]
+        return [fmean(result["tasks"][name][key]["accuracy"] for key in wanted) for name in names]
+
+    rows = []
+    for family, names in ordered.items():
+        each = {method: accuracies(method, names) for method in KINDS}
+        less = [a - b for a, b in zip(each["ours"], each["adamw_80"], strict=True)]
+        shown = interval(with_interval(less)) if len(names) > 3 else signed(fmean(less))
+        rows.append((family, str(len(names)), *(percent(fmean(x)) for x in each.values()), shown))
+    return table(("family", "tasks", *map(_title, KINDS), "ours minus adamw 80 [95 %]"), rows)
 
 
 def compare_brief(result: Mapping[str, Any]) -> str:

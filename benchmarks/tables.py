@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from compared import compare, compare_brief, compare_more, contrast, headline, transfer
+from compared import compare, compare_brief, compare_kinds, compare_more, contrast, headline, transfer
 from rendering import NAMES, interval, percent, signed, table, where
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,6 +295,7 @@ BLOCKS: dict[str, tuple[str | tuple[str, ...], Callable[..., str]]] = {
     "few_shot_tasks": ("few_shot", few_shot_tasks),
     "compare": ("compare", compare),
     "compare_brief": ("compare", compare_brief),
+    "compare_kinds": (("compare", "few_shot"), compare_kinds),
     "compare_more": ("compare", compare_more),
     "compare_validation": ("compare_validation", compare),
     "contrast": ("contrast", contrast),
