@@ -1,7 +1,7 @@
 """The tables in the READMEs, generated from `benchmarks/results/*.json`.
 
 `python benchmarks/tables.py` prints them, `--write` puts each between its marks, `<!-- results:begin NAME -->` and
-`<!-- results:end -->`, and `--check` fails where a README differs from its results.
+`<!-- results:end -->`, and `--check` fails where a README differs from its results, in tables or in prose (`claims.py`).
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import claims
 from compared import compare, compare_brief, compare_kinds, compare_more, contrast, headline, transfer
 from rendering import NAMES, interval, percent, signed, table, where
 
@@ -332,6 +333,12 @@ def filled(text: str, results: Path = RESULTS) -> str:
     return BLOCK.sub(lambda match: match[1] + block(match[2], results) + match[3], text)
 
 
+def untrue(results: Path = RESULTS) -> list[str]:
+    """What the README's prose should say by the results, and does not."""
+    found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in results.glob("*.json")}
+    return claims.missing((ROOT / "README.md").read_text(encoding="utf-8"), found)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group()
@@ -347,10 +354,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 document.write_text(filled(text), encoding="utf-8")
     if options.check and stale:
         sys.exit(f"{', '.join(stale)} differ from the results; run `python benchmarks/tables.py --write`.")
+    if not options.write and not options.check:
+        print("\n".join(f"## {name}\n\n{block(name)}" for name in BLOCKS))
+        return
+    phrases = "".join(f"\n* {phrase}" for phrase in untrue())
+    if phrases:
+        sys.exit(f"README.md lacks these phrases, with numbers of the results; look whether they still hold:{phrases}")
     if options.write:
         print("Changed: " + (", ".join(stale) or "nothing"))
-    elif not options.check:
-        print("\n".join(f"## {name}\n\n{block(name)}" for name in BLOCKS))
 
 
 if __name__ == "__main__":

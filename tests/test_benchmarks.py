@@ -690,6 +690,22 @@ def test_readmes_show_the_results(scripts):
     assert blocks >= 5
 
 
+def test_the_readme_says_what_the_results_say(scripts):
+    """Numbers in its prose; where this fails a sentence has become untrue, or was reworded without `claims.py`."""
+    assert scripts("tables").untrue() == []
+
+
+def test_a_number_that_differs_is_found(scripts):
+    results = {file.stem: json.loads(file.read_text()) for file in (BENCHMARKS / "results").glob("*.json")}
+    text = (BENCHMARKS.parent / "README.md").read_text()
+    wrong = text.replace(
+        f"better on {results['compare']['shots']['16']['multi_task']['ours_minus_it']['tasks_better']} of",
+        "better on 99 of",
+    )
+    (phrase,) = scripts("claims").missing(wrong, results)
+    assert phrase.startswith("level with it")
+
+
 def test_every_result_renders(scripts):
     tables = scripts("tables")
     for name in tables.BLOCKS:
