@@ -15,6 +15,7 @@ from typing import Any
 
 import claims
 from compared import compare, compare_brief, compare_kinds, compare_more, contrast, headline, transfer
+from goals import goals
 from rendering import NAMES, interval, percent, signed, table, where
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,6 +293,7 @@ def subtb(result: Mapping[str, Any]) -> str:
 
 BLOCKS: dict[str, tuple[str | tuple[str, ...], Callable[..., str]]] = {
     "headline": (("compare", "transfer", "contrast"), headline),
+    "goals": (("compare", "transfer", "contrast", "latency_30", "scaling", "warm_start"), goals),
     "few_shot": ("few_shot", few_shot),
     "few_shot_tasks": ("few_shot", few_shot_tasks),
     "compare": ("compare", compare),

@@ -739,3 +739,32 @@ def test_the_way_to_all_rows(scripts):
     table = scripts("compared")._by_shots({"shots": {"4": few, "16": {**many, "adamw_full_data": {"accuracy": 0.7}}}})
     assert table.splitlines()[-1] == "| ours | 55.0 | 65.0 | 25.0 | 50.0 |"
     assert "all rows" not in scripts("compared")._by_shots({"shots": {"4": few, "16": many}})
+
+
+def test_goals(scripts):
+    """The rival is the best that takes no gradient; a goal is met on the right side of its bound."""
+    goals = scripts("goals")
+
+    def rival(accuracy: float, mean: float) -> dict:
+        return {"accuracy": accuracy, "ours_minus_it": {"mean": mean, "low": mean - 0.01, "high": mean + 0.01}}
+
+    methods = {"none": rival(0.6, 0.1), "multi_task": rival(0.68, 0.02), "adamw_80": rival(0.9, -0.2)}
+    methods |= {"family_specialists": rival(0.8, -0.1), "ours_raw | wrong_task": rival(0.9, -0.2)}
+    _, measured, met = goals._ahead("here", methods)
+    assert met
+    assert measured == "+2.0 [+1.0, +3.0] over multi task, 68.0"
+    assert not goals._ahead("here", methods | {"sft": rival(0.69, 0.019)})[2]
+
+    def family(mean: float) -> dict:
+        return {"differences": {f"ours - {other}": rival(0, mean)["ours_minus_it"] for other in ("none", "mean")}}
+
+    transferred = {"all": family(0.02), "families": {"topic": family(-0.005), "style": family(-0.02)}}
+    (_, below, none_below), (_, _, above) = goals._transfer(transferred)
+    assert below == "style - none -2.0, style - mean -2.0"
+    assert (none_below, above) == (False, True)
+    assert goals._transfer({**transferred, "families": {"topic": family(-0.005)}})[0][1:] == ("none below", True)
+
+    warm = {"starts": {"generated": {"median_share_of_steps": None}}}
+    assert goals._warm_start(warm)[1:] == ("never", False)
+    warm["starts"]["generated"]["median_share_of_steps"] = 0.2
+    assert goals._warm_start(warm)[1:] == ("0.20", True)
