@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from setting import RESULTS, check_settings, environment, load_base_model, with_interval, write_json
 from splits import split_of
@@ -165,20 +166,23 @@ def _some(names: Sequence[str], count: int | None, seed: int) -> list[str]:
 
 
 def summarise(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """By variant: means over seeds, and its loss minus that of the first, paired by episode, with its interval."""
-    grouped: dict[str, list[dict[str, Any]]] = {}
+    """By variant: means over seeds, and its loss minus that of the first at the same seeds, paired by episode."""
+    grouped: dict[str, dict[str, dict[str, Any]]] = {}
     for key, cell in cells.items():
-        grouped.setdefault(key.rsplit("-", 1)[0], []).append(cell)
-    first = next(iter(VARIANTS))
+        name, seed = key.rsplit("-", 1)
+        grouped.setdefault(name, {})[seed] = cell
+    first = grouped.get(next(iter(VARIANTS)), {})
     made = {}
     for name in (name for name in VARIANTS if name in grouped):
         each = grouped[name]
-        made[name] = {key: fmean(cell[key] for cell in each) for key in ("loss", "accuracy", "sharpness", "minutes")}
+        made[name] = {
+            key: fmean(x[key] for x in each.values()) for key in ("loss", "accuracy", "sharpness", "minutes")
+        }
         made[name] |= {"about": VARIANTS[name].about, "seeds": len(each)}
-        if first in grouped and name != first:
-            mean = lambda group: [fmean(x) for x in zip(*(cell["losses"] for cell in group), strict=True)]  # noqa: E731
-            less = [a - b for a, b in zip(mean(each), mean(grouped[first]), strict=True)]
-            made[name]["loss_minus_first"] = with_interval(less)
+        if each is not first and (shared := sorted(each.keys() & first.keys())):
+            mine, theirs = (np.mean([x[seed]["losses"] for seed in shared], axis=0) for x in (each, first))
+            less = (mine - theirs).tolist()
+            made[name]["loss_minus_first"] = {**with_interval(less), "seeds": len(shared)}
     return made
 
 

@@ -222,12 +222,13 @@ def ablations(result: Mapping[str, Any]) -> str:
         less = row.get("loss_minus_first")
         difference = f"{less['mean']:+.4f} [{less['low']:+.4f}, {less['high']:+.4f}]" if less else ""
         cells = (f"{row['loss']:.4f}", difference, percent(row["accuracy"]), f"{row['sharpness']:.4f}")
-        rows.append((f"{name.replace('_', ' ')}: {row['about']}" if row["about"] else name.replace("_", " "), *cells))
+        title = f"{name.replace('_', ' ')}: {row['about']}" if row["about"] else name.replace("_", " ")
+        rows.append((title + (f" ({row['seeds']} seeds)" if row["seeds"] > 1 else ""), *cells))
     header = ("variant", "loss", "minus the first [95 %]", "accuracy, %", "sharpness")
     seeds = sorted({row["seeds"] for row in result["variants"].values()})
     note = (
         f"{settings['cloning_steps']} training steps of cloning and {settings['training_steps']} of the objective, "
-        f"{' or '.join(map(str, seeds))} training seed{'' if seeds == [1] else 's'}; {settings['episodes']} validation episodes, interval over "
+        f"{' or '.join(map(str, seeds))} training seed{'' if seeds == [1] else 's'}, differences at the same ones; {settings['episodes']} validation episodes, interval over "
         f"them. Sharpness: what random perturbations of {settings['sharpness_radius']:g} times the adapter's length add to "
         f"the loss. {where(result)}"
     )

@@ -579,6 +579,17 @@ def test_ablations(compare, scripts, subject, tmp_path, capsys):
     )
 
 
+def test_ablations_are_paired_by_seed(scripts):
+    """A seed that only one of two variants has is in its means and not in the difference."""
+    rest = {"accuracy": 0.5, "sharpness": 0.0, "minutes": 1.0}
+    losses = {"lohp-0": [1.0, 2.0], "lohp-1": [5.0, 6.0], "off_policy-0": [1.5, 2.5], "on_policy-2": [1.0, 1.0]}
+    cells = {key: {**rest, "loss": sum(each) / 2, "losses": each} for key, each in losses.items()}
+    found = scripts("ablations").summarise(cells)
+    assert (found["lohp"]["loss"], found["lohp"]["seeds"]) == (3.5, 2)
+    assert found["off_policy"]["loss_minus_first"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "seeds": 1}
+    assert "loss_minus_first" not in found["lohp"] | found["on_policy"]
+
+
 def test_bootstrap_interval(scripts):
     setting = scripts("setting")
     assert setting.bootstrap_interval([0.02] * 5) == pytest.approx((0.02, 0.02))
