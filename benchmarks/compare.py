@@ -161,10 +161,10 @@ def shots_of(key: str) -> int:
     return int(key.split("/")[2])
 
 
-def order_of(key: str) -> tuple[int, str]:
-    """As the methods are listed; other policies last."""
-    method = key.split("/")[0]
-    return (list(METHODS).index(method) if method in METHODS else len(METHODS), key)
+def order_of(key: str) -> tuple[int, bool, str]:
+    """As the methods are listed; other policies before the compared one."""
+    method, known = key.split("/")[0], list(METHODS)
+    return known.index(method if method in known else "ours_raw"), method in known, key
 
 
 def summarise(

@@ -17,7 +17,7 @@ def _ahead(where: str, methods: Mapping[str, Any]) -> Row:
     rivals = {
         name: row
         for name, row in methods.items()
-        if "|" not in name and not name.startswith((*WITH_GRADIENTS, "ours", "family_specialists"))
+        if "|" not in name and not name.startswith((*WITH_GRADIENTS, "ours", "lohp", "family_specialists"))
     }
     best = max(rivals, key=lambda name: rivals[name]["accuracy"])
     difference = rivals[best]["ours_minus_it"]

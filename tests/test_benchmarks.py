@@ -315,6 +315,8 @@ def test_compare(compare, scripts, subject, tmp_path, capsys):
     compare.main([*line, "--methods", "none", "--controls", "wrong_task", "--policies", f"twin={subject[1]}"])
     everything = result_of(tmp_path / "result.json")["shots"]["4"]
     assert set(everything) == {*rows, "best_by_support_loss", "adamw_10", "twin", "twin | wrong_task"}
+    names = list(everything)
+    assert names.index("multi_task") < names.index("twin") < names.index("ours_raw")
     for control in ("", " | wrong_task"):
         assert everything[f"twin{control}"]["accuracy"] == rows[f"ours_raw{control}"]["accuracy"]
 
