@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -77,11 +78,18 @@ class GenerationConfig:
         problems = []
         if self.num_candidates < 0:
             problems.append(f"`num_candidates` must be at least 0, got {self.num_candidates}")
-        if not self.amplitudes or min(self.amplitudes) <= 0:
+        if not isinstance(self.amplitudes, tuple | list) or not self.amplitudes:
+            problems.append(f"`amplitudes` must be a sequence of one or more numbers, got {self.amplitudes!r}")
+        elif not all(factor > 0 for factor in self.amplitudes):
             problems.append(f"`amplitudes` must be positive, got {self.amplitudes}")
+        if not self.noise >= 0:
+            problems.append(f"`noise` must be at least 0, got {self.noise}")
+        problems += [
+            f"`{n}` must be a number, got nan" for n in ("margin", "gradient_margin") if isnan(getattr(self, n))
+        ]
         if self.gradient_steps < 0:
             problems.append(f"`gradient_steps` must be at least 0, got {self.gradient_steps}")
-        if self.gradient_learning_rate <= 0:
+        if not self.gradient_learning_rate > 0:
             problems.append(f"`gradient_learning_rate` must be positive, got {self.gradient_learning_rate}")
         if self.scored_texts < 4:
             problems.append(f"`scored_texts` must be at least 4, got {self.scored_texts}")

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -445,3 +446,21 @@ def test_scores_are_losses_of_heads_that_did_not_see_the_example(generate, polic
     score = {c.name: c.score for c in made.report.candidates}["generated"]
     expected = calibrated_cross_entropy(logits, y)
     assert score == pytest.approx(float(expected), rel=0.1)  # centring is that of all examples
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [
+        ({"noise": -1.0}, "`noise` must be at least 0, got -1.0"),
+        ({"noise": float("nan")}, "`noise` must be at least 0, got nan"),
+        ({"margin": float("nan")}, "`margin` must be a number, got nan"),
+        ({"gradient_margin": float("nan")}, "`gradient_margin` must be a number, got nan"),
+        ({"gradient_learning_rate": float("nan")}, "`gradient_learning_rate` must be positive, got nan"),
+        ({"amplitudes": 1.0}, "`amplitudes` must be a sequence of one or more numbers, got 1.0"),
+        ({"amplitudes": (1.0, float("nan"))}, "`amplitudes` must be positive"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(setting, rule):
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        GenerationConfig(**setting)

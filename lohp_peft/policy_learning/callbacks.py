@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
 
 from lohp_peft.policy_learning.config import PolicyLearningConfig
 
@@ -142,3 +142,19 @@ class Events:
         """`on_log`, also kept in the state's history."""
         self.state.log_history.append({**scalars, "step": self.state.global_step})
         self("log", logs=dict(scalars))
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON values: the history, and of callbacks what the `Trainer` keeps of them."""
+        states = {type(callback).__name__: callback.state()["attributes"] for callback in self._exportable()}
+        return {"log_history": self.state.log_history, "callbacks": states}
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Inverse of `record`; callbacks that it lacks start anew."""
+        self.state.log_history = list(record.get("log_history", []))
+        known = record.get("callbacks", {})
+        for callback in self._exportable():
+            for name, value in known.get(type(callback).__name__, {}).items():
+                setattr(callback, name, value)
+
+    def _exportable(self) -> list[Any]:
+        return [callback for callback in self.handler.callbacks if isinstance(callback, ExportableState)]

@@ -39,8 +39,8 @@ def read_checkpoint(
         ValueError: When the checkpoint is damaged, or was made with other settings than `config` or from other `data`,
             naming all that differ with both values.
     """
-    record = {"data": {}, **read_json(folder / STATE_FILE)}  # earlier versions wrote none
-    rules = {"config": dict, "data": dict, "step": int, "file": str, "sha256": str, "best": list}
+    record = {"data": {}, "events": {}, **read_json(folder / STATE_FILE)}  # earlier versions wrote none
+    rules = {"config": dict, "data": dict, "events": dict, "step": int, "file": str, "sha256": str, "best": list}
     rules |= {"temperature": float, "reference_loss": float}
     wrong = [f"{name!r} is {record.get(name)!r}" for name, kind in rules.items() if type(record.get(name)) is not kind]
     if not wrong and [type(value) for value in record["best"]] != [float, int]:

@@ -56,13 +56,13 @@ class PolicyLearningConfig:
     free_learning_rate: float = _field(5e-4, "Adam's learning rate of the transformer behind the free moves")
     log_flow_learning_rate: float = _field(1e-2, "Adam's learning rate of the log flow")
     cloning_weight: float = _field(
-        0.1, "norm the cloning gradient is clipped to after behaviour cloning, in units of max_grad_norm"
+        0.1, "weight of the cloning gradient after behaviour cloning, once it is clipped to max_grad_norm"
     )
     subtb_weight: float = _field(
-        0.1, "norm the gradient of sub-trajectory balance is clipped to, in units of max_grad_norm"
+        0.1, "weight of the gradient of sub-trajectory balance, once it is clipped to max_grad_norm"
     )
     path_weight: float = _field(
-        1.0, "norm the pathwise gradient is clipped to in lohp+path, in units of max_grad_norm"
+        1.0, "weight of the pathwise gradient in lohp+path, once it is clipped to max_grad_norm"
     )
     path_prefix_weight: float = _field(0.0, "share of the pathwise loss on the states before the last (any-time)")
     kl_target: float = _field(3.0, "nats per trajectory that set the temperature")
@@ -79,7 +79,7 @@ class PolicyLearningConfig:
     hidden_size: int = _field(128, "width of the policy's networks, a multiple of its attention heads")
     dropout: float = _field(0.2, "dropout on the gates' features")
     noise_scale: float = _field(1.0, "policy standard deviation over the recorded root-mean-square step")
-    max_grad_norm: float = _field(1.0, "gradient norm above which gradients are clipped")
+    max_grad_norm: float = _field(1.0, "norm above which the gradient of each loss is clipped, before its weight")
     validate_every: int = _field(250, "training steps between validations")
     validation_episodes: int = _field(48, "episodes of a validation")
     save_every: int = _field(100, "training steps between checkpoints")

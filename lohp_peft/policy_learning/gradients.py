@@ -37,7 +37,7 @@ def accumulate(
     processes: Processes,
     training_step: int,
 ) -> dict[str, float]:
-    """Set the parameters' gradients to the sum of the losses', each clipped on its own to its weight times `max_grad_norm`.
+    """Set the parameters' gradients to the weighted sum of the losses', each first clipped on its own to `max_grad_norm`.
 
     (Ours: residuals of SubTB are squares of nats and come in any size; clipped together they drowned the others.)
 

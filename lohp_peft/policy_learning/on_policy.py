@@ -109,7 +109,7 @@ def reference_temperature(
     if config.mode == "off_policy":
         final, names = losses[:, -1], source.recordings.tasks
         spread = [final[[i for i, task in enumerate(names) if task == name]] for name in sorted(set(names))]
-        variance = torch.stack([x.var() for x in spread if len(x) > 1] or [final.var()]).mean()
+        variance = torch.stack([x.var() for x in spread if len(x) > 1] or [final.var(correction=0)]).mean()
         return max(float((variance / (2 * config.kl_target)).sqrt()), floor)
     final = []
     for i in range(TEMPERATURE_EPISODES):

@@ -83,6 +83,22 @@ class Recordings:
     def __len__(self) -> int:
         return len(self.tasks)
 
+    def of_tasks(self, allowed: Collection[str]) -> "Recordings":
+        """The runs of the tasks `allowed`; a warning names the tasks of the others.
+
+        Raises:
+            ValueError: When there are none.
+        """
+        kept = [i for i, task in enumerate(self.tasks) if task in allowed]
+        others = sorted(set(self.tasks) - set(allowed))
+        why = f"Episodes need two classes of four texts, and these recorded tasks have fewer: {others}."
+        if not kept:
+            raise ValueError(f"None of the recorded tasks can be trained on. {why} Record tasks with more texts.")
+        if others:
+            logger.warning("Left out %d of %d recorded runs. %s", len(self) - len(kept), len(self), why)
+        tasks = tuple(self.tasks[i] for i in kept)
+        return Recordings(self.states[kept], self.losses[kept], tasks, self.optimizers[kept], self.optimizer_names)
+
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Recordings":
         """The same on another `device`, with states and losses in `dtype`."""
         states, losses = self.states.to(device, dtype), self.losses.to(device, dtype)
@@ -131,6 +147,8 @@ def _unusable(trajectory: Trajectory, policy_steps: int) -> str | None:
     """Why nothing can be learned from a run, or `None`."""
     losses = trajectory.losses
     scored = int(losses.isfinite().sum())
+    if trajectory.states[0].any():
+        return "it does not start without an adapter, as a policy does"
     if not losses[[0, -1]].isfinite().all():
         return "no loss of the first or the last state"
     if losses[0] <= 0:

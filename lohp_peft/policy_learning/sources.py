@@ -55,7 +55,7 @@ def sources_record(
 
     Returns:
         The dataset's id and the digest of its shards, that of the weight space, the encoder's reading, and a digest for
-        each task.
+        each task; their order, which episodes follow from.
     """
     shards = {key: dataset.manifest.shards[key].sha256 for key in dataset.keys()}
     return {
@@ -63,6 +63,7 @@ def sources_record(
         "recordings": sha256(json.dumps(shards).encode()),
         "weight space": dataset.manifest.space_sha256,
         **encoder.reading,
+        "order of tasks": [[task.name for task in every] for every in (tasks, validation_tasks)],
         **{f"training task {task.name!r}": task_fingerprint(task) for task in tasks},
         **{f"validation task {task.name!r}": task_fingerprint(task) for task in validation_tasks},
     }

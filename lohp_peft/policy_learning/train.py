@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 
 from lohp_peft.adapters import AdapterLayout, base_model_fingerprint
 from lohp_peft.cards import is_hub_id
+from lohp_peft.files import write_atomically
 from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, ReferenceSet
 from lohp_peft.policy_learning.callbacks import LOG_EVERY, reporters, training_arguments
 from lohp_peft.policy_learning.config import PolicyLearningConfig
@@ -171,16 +173,20 @@ def train_policy(
                 progress.advance(bar)
             size = {"support_size": config.support_size, "max_classes": config.max_classes}
             sampler = EpisodeSampler(bank.labels, contrast_groups(tasks), contrast=config.contrast, **size)
+            recordings = recordings.of_tasks(sampler.rows)
             policy = build_policy(encoder, bank, recordings, sampler, dataset, config)
             validation = None
             if validation_tasks:
                 source = EpisodeSampler(held_out.labels, contrast_groups(validation_tasks), contrast=0.2, **size)
                 generator = torch.Generator().manual_seed(config.seed)
                 validation = held_out, [source.sample(generator) for _ in range(config.validation_episodes)]
-            history: list[dict[str, float]] = []
+            history: list[dict[str, float]] | None = None
             bar = progress.add_task("policy learning", total=None)
 
             def log(step: int, scalars: Mapping[str, float]) -> None:
+                nonlocal history
+                if history is None:
+                    history = _logged_before(output_dir / LOG_FILE, step, rewrite=accelerator.is_main_process)
                 shown = {k: scalars[k] for k in ("cloning", "subtb", "path", "validation_accuracy") if k in scalars}
                 text = " ".join(f"{k} {v:.3f}" for k, v in shown.items())
                 progress.update(bar, completed=step, description=f"policy learning | {text}")
@@ -217,7 +223,7 @@ def train_policy(
         }
         if accelerator.is_main_process:
             policy.save_pretrained(output_dir)
-            console.print(_table(history))
+            console.print(_table(history or []))
         accelerator.wait_for_everyone()
     return policy
 
@@ -320,6 +326,20 @@ def _embedding_size(layout: AdapterLayout) -> int:
 def _public_name(name: str) -> str:
     """A Hub id as it is; of a folder only its own name, for its path means nothing elsewhere."""
     return name if is_hub_id(name) else Path(name).name
+
+
+def _logged_before(file: Path, step: int, rewrite: bool) -> list[dict[str, float]]:
+    """The validations that a log has of the time before `step`; what a killed run logged after its checkpoint goes."""
+    if not file.exists():
+        return []
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # a line that a kill cut off
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+    if rewrite:
+        write_atomically(file, "".join(f"{line}\n" for line in kept).encode())
+    return [entry for entry in map(json.loads, kept) if "validation_loss" in entry]
 
 
 def _progress(console: Console, accelerator: Accelerator) -> Progress:

@@ -328,7 +328,7 @@ class LoHpTrainer:
         if not self.accelerator.is_main_process:
             return
         record = {"best": list(self.best), "temperature": self.temperature, "reference_loss": self.reference_loss}
-        record |= {"config": asdict(self.config), "data": self.data}
+        record |= {"config": asdict(self.config), "data": self.data, "events": self.events.record()}
         write_checkpoint(folder, self.step, groups, record)
 
     def load(self, folder: Path) -> None:
@@ -350,6 +350,7 @@ class LoHpTrainer:
         load_optimizer(self.optimizer, groups.get("optimizer", {}))
         self.step, self.temperature = record["step"], record["temperature"]
         self.best, self.reference_loss = (record["best"][0], int(record["best"][1])), record["reference_loss"]
+        self.events.restore(record["events"])
         if self.best_weights:
             self.events.best(self.best)
 

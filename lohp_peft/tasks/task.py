@@ -79,7 +79,7 @@ class Examples:
     def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> "Examples":
         """Build from rows `{text[, text_b], label}`: a list of dicts or a `datasets.Dataset`.
 
-        Labels may be strings, ints or bools; the classes are the sorted distinct values.
+        Labels may be strings or ints; the classes are the sorted distinct values.
 
         Args:
             rows: The rows.

@@ -49,8 +49,9 @@ class EpisodeSampler:
         contrast: Share of contrast episodes (Ours: 0.3, DESIGN measurements).
         merge: Share of the remaining episodes whose classes are merged into two or three.
         max_classes: Most classes in an episode (Ours: users' tasks have as many; alone it made no difference on validation).
-        support_size: Support texts in an episode, at most (Ours: 16 examples of six classes, as users give them).
-        query_size: Query texts in an episode, at most.
+        support_size: Support texts in an episode, at most, but two classes of two (Ours: 16 examples of six classes, as users
+            give them).
+        query_size: Query texts in an episode, at most, but one of every class.
         max_shots: Support texts per class, at most, and known ones.
 
     Raises:
@@ -108,10 +109,11 @@ class EpisodeSampler:
             generator: Source of all choices.
         """
         by_class = self.rows[name]
-        size = 2 + _integer(min(len(by_class), self.max_classes) - 1, generator)
+        most = min(len(by_class), self.max_classes, max(2, self.support_size // 2))
+        size = 2 + _integer(most - 1, generator)
         merge = len(by_class) >= 4 and _uniform(generator) < self.merge
         if merge:
-            size = min(len(by_class), 2 * self.max_classes)
+            size = min(len(by_class), 2 * self.max_classes, max(4, self.support_size))
         chosen = [by_class[int(i)] for i in torch.randperm(len(by_class), generator=generator)[:size]]
         n_classes = 2 + _integer(2, generator) if merge else size
         cells = [((name, rows), i % n_classes) for i, rows in enumerate(chosen)]

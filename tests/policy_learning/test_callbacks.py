@@ -100,6 +100,33 @@ def test_the_trainers_early_stopping(build_trainer, monkeypatch):
     assert (trainer.step, trainer.best) == (4, (2.0, 2))  # after two worse ones
 
 
+def test_a_killed_run_stops_early_where_an_uninterrupted_one_does(build_trainer, monkeypatch, tmp_path):
+    """Callbacks and the history come back from the checkpoint."""
+
+    def trainer():
+        options = {"callbacks": [EarlyStoppingCallback(early_stopping_patience=2), *([stop] if stop else [])]}
+        made = build_trainer(validate=True, options=options, validate_every=1, save_every=1)
+        scores = {0: 9.0, 1: 3.0, 2: 2.0}
+        monkeypatch.setattr(
+            made,
+            "_validation_scores",
+            lambda: {"validation_loss": scores.get(made.step, 2.5), "validation_accuracy": 0.5},
+        )
+        return made
+
+    stop = None
+    whole = trainer()
+    whole.train(tmp_path / "whole")
+    stop = AskAt(3, should_training_stop=True)
+    trainer().train(tmp_path / "killed")
+    stop = None
+    again = trainer()
+    again.train(tmp_path / "killed")
+    assert again.step == whole.step == 4
+    assert again.events.state.log_history == whole.events.state.log_history
+    assert_same_weights(again.policy.state_dict(), whole.policy.state_dict())
+
+
 def test_reporters_that_are_missing_are_named_before_any_work(monkeypatch):
     module = "transformers.integrations.integration_utils"
     for name in ("wandb", "trackio"):

@@ -40,6 +40,24 @@ def test_runs_that_lack_losses_are_left_out_with_a_warning_and_failed_ones_clipp
         Recordings.from_trajectories(runs, 3)
 
 
+def test_runs_that_start_from_an_adapter_are_left_out(encoder, caplog):
+    run = build_trajectory(encoder.space)
+    warm = build_trajectory(encoder.space, task="ham", states=run.states + run.states[-1:])
+    assert Recordings.from_trajectories([run, warm], 3).tasks == ("spam",)
+    assert "1 of 'ham' (it does not start without an adapter, as a policy does)" in caplog.text
+
+
+def test_runs_of_tasks_without_episodes_are_left_out(recordings, caplog):
+    found = recordings.of_tasks({"spam", "ham"})
+    assert found.tasks == ("spam", "spam", "ham", "ham")
+    assert found.states.equal(recordings.states[:4])
+    assert found.optimizers.equal(recordings.optimizers[:4])
+    assert "Left out 2 of 6 recorded runs." in caplog.text
+    assert "['mood']" in caplog.text
+    with pytest.raises(ValueError, match=r"None of the recorded tasks can be trained on.*\['ham', 'mood', 'spam'\]"):
+        recordings.of_tasks({"news"})
+
+
 def test_knots_lie_among_the_scored_states(encoder, caplog):
     """As every second state of a `Trainer` run is evaluated."""
     run = build_trajectory(encoder.space)

@@ -13,7 +13,7 @@ from lohp_peft.policy_learning.gradients import accumulate
 from lohp_peft.policy_learning.losses import log_probabilities
 from lohp_peft.policy_learning.processes import Processes
 from lohp_peft.policy_learning.recordings import Recordings, fit_scales
-from policy_learning.conftest import assert_same_weights, build_trajectory, finite
+from policy_learning.conftest import assert_same_weights, build_trajectory, finite, make_trainer
 from tiny import build_policy
 
 
@@ -214,6 +214,13 @@ def test_the_temperature_of_recordings_is_the_spread_of_their_ends(build_trainer
     run(trainer)
     final = recordings.losses[:, -1].view(3, 2)
     assert trainer.temperature == pytest.approx(float((final.var(1).mean() / 0.2).sqrt()))
+
+
+def test_a_single_recorded_run_has_a_temperature(encoder, bank, trajectories):
+    one = Recordings.from_trajectories(trajectories[:1], 3)
+    trainer = make_trainer(encoder, bank, one, preset="lohp", mode="off_policy")
+    run(trainer)
+    assert 0 < trainer.temperature < math.inf
 
 
 def test_the_temperature_of_rollouts_follows_the_target(build_trainer):

@@ -78,8 +78,10 @@ def test_unknown_kind(data):
         solve_head(*data, 3, "svm")
 
 
-def test_leave_one_out_equals_leaving_one_of_every_class_out(data):
+def test_leave_one_out_equals_leaving_the_same_share_of_every_class_out(data):
+    """Classes of 7, 3 and 5: one third at a time, by the first coordinate."""
     features, labels = data
+    shares = {7: [0, 3, 5, 7], 3: [0, 1, 2, 3], 5: [0, 2, 4, 5]}
     x, y = normalize(features, dim=-1), one_hot(labels, 3).double()
     head, scores = leave_one_out(x, labels, 3, ridge=0.7, temperature=0.1)
     solved = solve_head(features, labels, 3, "ridge", ridge=0.7, temperature=0.1)
@@ -88,8 +90,11 @@ def test_leave_one_out_equals_leaving_one_of_every_class_out(data):
     weight = (15 / 3) / y.sum(0)[labels]  # with the means and class weights of all examples
     mean, target_mean = ((weight[:, None] * z).sum(0) / weight.sum() for z in (x, y))
     by_class = [sorted((labels == c).nonzero().flatten().tolist(), key=lambda i: float(x[i, 0])) for c in range(3)]
-    for number in range(7):
-        left_out = [rows[number] for rows in by_class if number < len(rows)]
+    for number in range(3):
+        bounds = [shares[len(rows)] for rows in by_class]
+        left_out = [
+            i for rows, ends in zip(by_class, bounds, strict=True) for i in rows[ends[number] : ends[number + 1]]
+        ]
         kept = [i for i in range(15) if i not in left_out]
         design, targets = (x - mean)[kept], (y - target_mean)[kept]
         normal = design.T @ (weight[kept, None] * design) + 0.7 * torch.eye(6, dtype=x.dtype)
@@ -97,14 +102,25 @@ def test_leave_one_out_equals_leaving_one_of_every_class_out(data):
         torch.testing.assert_close(scores[left_out] * 0.1, (x[left_out] - mean) @ solution + target_mean)
 
 
-def test_random_labels_look_random_with_few_examples():
+@pytest.mark.parametrize("counts", [(3, 3), (2, 16), (3, 30), (2, 8, 8)], ids=str)
+def test_random_labels_look_random_with_few_examples(counts):
+    """Also where one class has far fewer: the mean error of the classes is that of chance."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(2).repeat(3)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     errors = []
-    for _ in range(200):
-        x = normalize(torch.randn(6, 384, generator=generator), dim=-1)
-        errors.append((leave_one_out(x, labels, 2)[1].argmax(-1) != labels).float().mean())
-    assert abs(float(torch.stack(errors).mean()) - 0.5) < 0.12
+    for _ in range(100):
+        x = normalize(torch.randn(len(labels), 384, generator=generator), dim=-1)
+        wrong = (leave_one_out(x, labels, len(counts))[1].argmax(-1) != labels).float()
+        errors.append(torch.stack([wrong[labels == c].mean() for c in range(len(counts))]).mean())
+    assert abs(float(torch.stack(errors).mean()) - (1 - 1 / len(counts))) < 0.12
+
+
+def test_a_class_of_one_example_does_not_leave_everything_out():
+    labels = torch.tensor([0, 0, 0, 0, 1])
+    x = normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    _, scores = leave_one_out(x, labels, 2)
+    assert scores.isfinite().all()
+    assert leave_one_out(x[:2], torch.tensor([0, 1]), 2)[1].isfinite().all()
 
 
 def test_leave_one_out_loss_is_the_calibrated_cross_entropy_of_those_scores(data):

@@ -42,6 +42,15 @@ def test_support_and_query_are_disjoint_and_within_bounds():
     assert more == {False, True}
 
 
+def test_the_support_size_holds_for_tasks_of_many_classes():
+    """And each class has two of it, so that fewer classes take part."""
+    sampler = EpisodeSampler({"many": torch.arange(40).repeat(8)}, support_size=12, query_size=6, merge=0.5)
+    generator = torch.Generator().manual_seed(0)
+    for episode in (sampler.sample(generator) for _ in range(200)):
+        assert len(episode.support_labels) <= 12
+        assert episode.support_labels.bincount().min() >= (1 if episode.kind == "merge" else 2)
+
+
 def test_labels_are_those_of_the_rows():
     for episode in episodes(merge=0.5):
         if episode.kind == "contrast":
