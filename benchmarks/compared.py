@@ -7,6 +7,7 @@ from typing import Any
 from rendering import (
     CONTRASTS,
     NAMES,
+    by_task,
     interval,
     over_families,
     percent,
@@ -17,6 +18,7 @@ from rendering import (
     with_error,
 )
 from setting import with_interval
+from splits import NEW_DOMAINS
 
 
 def _title(name: str) -> str:
@@ -37,7 +39,12 @@ HEADLINE = {
     "mean of the training adapters": ("mean", "mean", "mean", "mean"),
     "one multi-task adapter": ("multi_task", "multi_task", "multi_task", "multi_task"),
     "**generated**": ("ours", "ours", "ours", "ours"),
-    "**generated**, with confirmed gradient steps": ("ours_steps", "ours_steps", "ours_steps", None),
+    "**generated**, and four gradient steps where they help on unseen examples": (
+        "ours_steps",
+        "ours_steps",
+        "ours_steps",
+        None,
+    ),
 }
 """By title: its name in each column; none where it was not measured."""
 
@@ -54,9 +61,9 @@ def headline(compared: Mapping[str, Any], transferred: Mapping[str, Any], contra
     header = (
         "accuracy, %",
         f"{len(compared['tasks'])} unseen tasks",
-        "their new domains of known families",
+        f"{sum(name in NEW_DOMAINS for name in compared['tasks'])} of them: known kinds, new domains",
         f"{len(transferred['tasks'])} tasks of families left out",
-        f"{overall['labelings']} labelings of texts that have two",
+        f"{overall['labelings'] // 2} sets of texts, each labelled in two ways",
     )
     return table(header, rows)
 
@@ -130,13 +137,10 @@ def compare_kinds(result: Mapping[str, Any], few_shot: Mapping[str, Any]) -> str
     first = next(iter(ordered))
     ordered[f"all but {first}"] = [name for name in result["tasks"] if name not in ordered[first]]
 
-    def accuracies(method: str, names: list[str]) -> list[float]:
-        wanted = [key for key in result["tasks"][names[0]] if key.split("/")[0] == method and key.endswith("/16/")]
-        return [fmean(result["tasks"][name][key]["accuracy"] for key in wanted) for name in names]
-
+    found = {method: by_task(result, method) for method in KINDS}
     rows = []
     for family, names in ordered.items():
-        each = {method: accuracies(method, names) for method in KINDS}
+        each = {method: [found[method][name] for name in names] for method in KINDS}
         less = [a - b for a, b in zip(each["ours"], each["adamw_80"], strict=True)]
         shown = interval(with_interval(less)) if len(names) > 3 else signed(fmean(less))
         rows.append((family, str(len(names)), *(percent(fmean(x)) for x in each.values()), shown))

@@ -1,7 +1,10 @@
 """Numbers and tables as the READMEs show them."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean, median
 from typing import Any
+
+Result = Mapping[str, Any]
 
 NAMES = {
     "none": "no adapter",
@@ -72,3 +75,25 @@ def over_families(difference: Mapping[str, Any] | None) -> str:
     if not difference or "families" not in difference:
         return ""
     return f"[{', '.join(map(signed, difference['families']))}]"
+
+
+def by_task(compared: Result, method: str, seed: str | None = None) -> dict[str, float]:
+    """Accuracy by task at 16 examples a class, mean over training seeds or of one."""
+    found = {key: key.split("/") for key in next(iter(compared["tasks"].values()))}
+    keys = [
+        key
+        for key, (name, of, shots, control) in found.items()
+        if (name, shots, control) == (method, "16", "") and seed in (None, of)
+    ]
+    return {name: fmean(cells[key]["accuracy"] for key in keys) for name, cells in compared["tasks"].items()}
+
+
+def with_specialists(compared: Result) -> dict[str, float]:
+    """Accuracy by task of the family specialists, and of the multi-task adapter where a family has none."""
+    none, multi_task, specialists = (by_task(compared, name) for name in ("none", "multi_task", "family_specialists"))
+    return {name: multi_task[name] if found == none[name] else found for name, found in specialists.items()}
+
+
+def ratio_as_scored(latency: Result) -> float:
+    """AdamW's time over generation's, median task, with AdamW in bfloat16 as its accuracies are."""
+    return median(row["adamw_bf16"] / row["generated"] for row in latency["rows"] if row["by"] == "shots")

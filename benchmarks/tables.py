@@ -16,7 +16,7 @@ from typing import Any
 import claims
 from compared import compare, compare_brief, compare_kinds, compare_more, contrast, headline, transfer
 from goals import goals
-from rendering import NAMES, interval, percent, signed, table, where
+from rendering import NAMES, interval, percent, ratio_as_scored, signed, table, where
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -107,13 +107,12 @@ def latency_by_steps(*results: Mapping[str, Any]) -> str:
         steps = result["settings"]["adamw_steps"]
         tasks = [row for row in result["rows"] if row["by"] == "shots"]
         two_classes = median(row["ratio"] for row in tasks if row["classes"] == 2)
-        as_scored = median(row["adamw_bf16"] / row["generated"] for row in tasks)
         method = compared["shots"]["16"][f"adamw_{steps}"]
         ratios = (
             result["ratio_of_the_median_task"],
             two_classes,
             result["bf16"]["ratio_of_the_median_task"],
-            as_scored,
+            ratio_as_scored(result),
         )
         rows.append(
             (

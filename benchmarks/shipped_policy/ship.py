@@ -18,10 +18,11 @@ TARGET = Path(__file__).parents[2] / "lohp_peft" / "policies" / "minilm-text"
 FILES = ("config.json", "model.safetensors", "reference_set.safetensors", "space.safetensors")
 LIMIT_MIB = 10
 LIMITS = (
-    "It knows English texts of up to 64 tokens, classified into a handful to a few dozen classes.",
+    "It knows English texts of up to 64 tokens, classified into up to 20 classes in training, 16 examples of each.",
     "It belongs to one base model, one set of target modules and one rank, and refuses everything else.",
-    "Most of what it gains on held-out tasks one unconditional adapter, trained on all training tasks, gains as well; it pays "
-    "where the same texts can be labelled in several ways.",
+    "Nearly all of what it gains on held-out tasks one fixed adapter, trained on all training tasks, gains as well, also where "
+    "the same texts are labelled in two ways.",
+    "The results above are percent, on 22 held-out tasks, 16 examples a class, 3 draws; AdamW takes 80 steps.",
 )
 
 if __name__ == "__main__":

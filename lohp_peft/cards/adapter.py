@@ -80,7 +80,7 @@ def adapter_card(
         raise ValueError(f"`label_names` in the provenance must be a list of names, got {settings['labels']!r}.")
     limits = ["An adapter from a few examples is as good as they are: check it on labelled examples of your own."]
     if provenance.get("reason"):
-        limits.insert(0, f"**The policy did not adapt**, for this reason: {provenance['reason']}.")
+        limits.insert(0, f"**The generated adapter was not taken**, for this reason: {provenance['reason']}.")
     return render(
         "adapter_card.md",
         model_metadata(base, "peft", ["lohp", "lora"], license, _PIPELINE_TAGS.get(str(config.get("task_type")))),

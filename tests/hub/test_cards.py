@@ -61,7 +61,7 @@ def test_adapter_card_says_what_it_is():
 
 def test_abstention_is_said():
     card = adapter_card(CONFIG, {"reason": "no candidate beat the base model"}, name="my-task")
-    assert "**The policy did not adapt**, for this reason: no candidate beat the base model." in card
+    assert "**The generated adapter was not taken**, for this reason: no candidate beat the base model." in card
 
 
 def test_gradient_steps_are_said():
