@@ -38,6 +38,7 @@ HEADLINE = {
     "AdamW on the same examples": ("adamw_80", "adamw_80", None, None),
     "mean of the training adapters": ("mean", "mean", "mean", "mean"),
     "one multi-task adapter": ("multi_task", "multi_task", "multi_task", "multi_task"),
+    "one multi-task adapter, and the same gradient steps as below": ("multi_task_steps",) * 3 + (None,),
     "**generated**": ("ours", "ours", "ours", "ours"),
     "**generated**, and four gradient steps where they help on unseen examples": (
         "ours_steps",
