@@ -149,12 +149,33 @@ class Events:
         return {"log_history": self.state.log_history, "callbacks": states}
 
     def restore(self, record: Mapping[str, Any]) -> None:
-        """Inverse of `record`; callbacks that it lacks start anew."""
-        self.state.log_history = list(record.get("log_history", []))
-        known = record.get("callbacks", {})
+        """Inverse of `record`; callbacks that it lacks start anew.
+
+        Raises:
+            ValueError: Listing what is no history, or no state of these callbacks.
+        """
+        history, known = record.get("log_history", []), record.get("callbacks", {})
+        problems = []
+        if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+            problems.append(f"'log_history' is {str(history)[:80]}")
+        if not isinstance(known, dict) or not all(isinstance(state, dict) for state in known.values()):
+            problems.append(f"'callbacks' is {str(known)[:80]}")
+            known = {}
+        found = []
         for callback in self._exportable():
-            for name, value in known.get(type(callback).__name__, {}).items():
-                setattr(callback, name, value)
+            for name, now in callback.state()["attributes"].items():
+                value = known.get(type(callback).__name__, {}).get(name, now)
+                if type(value) is not type(now):
+                    problems.append(f"{name!r} of {type(callback).__name__} is {value!r}")
+                found.append((callback, name, value))
+        if problems:
+            raise ValueError(
+                f"The checkpoint is damaged, in its record of callbacks {'; '.join(problems)}. Restore it, or remove the folder "
+                "to start again."
+            )
+        self.state.log_history = history
+        for callback, name, value in found:
+            setattr(callback, name, value)
 
     def _exportable(self) -> list[Any]:
         return [callback for callback in self.handler.callbacks if isinstance(callback, ExportableState)]

@@ -127,6 +127,28 @@ def test_a_killed_run_stops_early_where_an_uninterrupted_one_does(build_trainer,
     assert_same_weights(again.policy.state_dict(), whole.policy.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"log_history": None}, "'log_history' is None"),
+        ({"log_history": [3]}, r"'log_history' is \[3\]"),
+        ({"callbacks": []}, r"'callbacks' is \[\]"),
+        ({"callbacks": {"EarlyStoppingCallback": None}}, "'callbacks' is"),
+        (
+            {"callbacks": {"EarlyStoppingCallback": {"early_stopping_patience_counter": "2"}}},
+            "'early_stopping_patience_counter' of EarlyStoppingCallback is '2'",
+        ),
+    ],
+    ids=str,
+)
+def test_a_damaged_record_of_callbacks_is_refused_and_changes_nothing(build_trainer, record, problem):
+    trainer = build_trainer(validate=True, options={"callbacks": [EarlyStoppingCallback()]})
+    before = trainer.events.record()
+    with pytest.raises(ValueError, match=problem):
+        trainer.events.restore(record)
+    assert trainer.events.record() == before
+
+
 def test_reporters_that_are_missing_are_named_before_any_work(monkeypatch):
     module = "transformers.integrations.integration_utils"
     for name in ("wandb", "trackio"):
