@@ -31,13 +31,12 @@ def comparison(compare: Result, few_shot: Result) -> list[str]:
     minus = {name: row.get("ours_minus_it") for name, row in shots.items()}
     of = {name: by_task(compare, name) for name in ("ours", "ours_steps", "adamw_80", "adamw_full_data")}
     reviews = [name for name, task in few_shot["tasks"].items() if task["family"] == "sentiment"]
-    new_kinds = ("trec", "trec_fine", "stackoverflow20")
     recorded = [shots[name]["accuracy"] for name in ("local_denoising", "drag_and_drop", "text_to_lora_recon")]
     oracle = with_specialists(compare)
     above = sum(of["ours"][name] > accuracy for name, accuracy in of["adamw_full_data"].items())
     start = by_task(compare, "ours", "0")  # what the steps were taken from
-    gains = {name: of["ours_steps"][name] - start[name] for name in new_kinds}
     questions, fine = ("trec", "trec_fine"), ("stackoverflow20", "fewrel_pubmed")
+    gains = {name: of["ours_steps"][name] - start[name] for name in (*questions, "stackoverflow20")}
     behind = {name: accuracy - of["ours"][name] for name, accuracy in of["adamw_80"].items()}
     others = behind.keys() - {*questions, *fine, *reviews}
     lost = [

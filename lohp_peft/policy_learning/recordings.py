@@ -46,7 +46,8 @@ class Recordings:
         """All scored runs, resampled at `policy_steps + 1` of their scored states; a warning names the others.
 
         Args:
-            trajectories: Recorded runs. Of each the first and the last state need a loss, and `policy_steps + 1` in all.
+            trajectories: Recorded runs, each from no adapter on. The first and the last state need a loss, and
+                `policy_steps + 1` in all.
             policy_steps: Steps of the policy.
             final_weights_only: Replace the path by a straight line from no adapter to the last state, which
                 supervises nothing but the final weights (ablation).

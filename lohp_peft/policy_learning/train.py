@@ -186,7 +186,7 @@ def train_policy(
             def log(step: int, scalars: Mapping[str, float]) -> None:
                 nonlocal history
                 if history is None:
-                    history = _logged_before(output_dir / LOG_FILE, step, rewrite=accelerator.is_main_process)
+                    history = _continue_log(output_dir / LOG_FILE, step) if accelerator.is_main_process else []
                 shown = {k: scalars[k] for k in ("cloning", "subtb", "path", "validation_accuracy") if k in scalars}
                 text = " ".join(f"{k} {v:.3f}" for k, v in shown.items())
                 progress.update(bar, completed=step, description=f"policy learning | {text}")
@@ -328,18 +328,17 @@ def _public_name(name: str) -> str:
     return name if is_hub_id(name) else Path(name).name
 
 
-def _logged_before(file: Path, step: int, rewrite: bool) -> list[dict[str, float]]:
-    """The validations that a log has of the time before `step`; what a killed run logged after its checkpoint goes."""
+def _continue_log(file: Path, step: int) -> list[dict[str, float]]:
+    """Cut a log off before `step`, from where a killed run logged what is done again; the validations that are left."""
     if not file.exists():
         return []
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError, KeyError, TypeError):  # a line that a kill cut off
-            if json.loads(line)["step"] < step:
-                kept.append(line)
-    if rewrite:
-        write_atomically(file, "".join(f"{line}\n" for line in kept).encode())
-    return [entry for entry in map(json.loads, kept) if "validation_loss" in entry]
+            if (entry := json.loads(line))["step"] < step:
+                kept.append(entry)
+    write_atomically(file, "".join(f"{json.dumps(entry)}\n" for entry in kept).encode())
+    return [entry for entry in kept if "validation_loss" in entry]
 
 
 def _progress(console: Console, accelerator: Accelerator) -> Progress:

@@ -84,9 +84,9 @@ def leave_one_out(
     another: leaving out single ones tells a class by its absence from the mean (Ours: random labels of two classes in 384
     dimensions then have an error of 0.00 at 2 shots, 0.15 at 4, 0.34 at 8; so it is 0.56, 0.56, 0.51; and of 2 and 16 examples
     a mean error of the classes of 0.02, so 0.48). A class of a single example is not counted as the smallest, and its
-    scores stay too good. Which ones go together follows from their first coordinate and not from their order. The residuals of a left-out group are `(G^-1)_gg^-1 a_g`, with `a` the dual
-    coefficients and `G` the regularised Gram matrix (Known: Allen's PRESS statistic, by groups); centring and class
-    weights are those of all examples.
+    scores stay too good. Which ones go together follows from their first coordinate and not from their order. The residuals
+    of a left-out group are `(G^-1)_gg^-1 a_g`, with `a` the dual coefficients and `G` the regularised Gram matrix (Known:
+    Allen's PRESS statistic, by groups); centring and class weights are those of all examples.
 
     Args:
         x: L2-normalised embeddings, shape (n, d).
