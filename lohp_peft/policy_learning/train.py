@@ -324,8 +324,8 @@ def _embedding_size(layout: AdapterLayout) -> int:
 
 
 def _public_name(name: str) -> str:
-    """A Hub id as it is; of a folder only its own name, for its path means nothing elsewhere."""
-    return name if is_hub_id(name) else Path(name).name
+    """A Hub id as it is; of a folder only `./` and its own name: its path means nothing elsewhere, and it is no Hub id."""
+    return name if is_hub_id(name) or not name else f"./{Path(name).name}"
 
 
 def _continue_log(file: Path, step: int) -> list[dict[str, float]]:

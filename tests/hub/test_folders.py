@@ -71,8 +71,10 @@ def test_unsafe_files_are_all_named(adapter, tmp_path, hub):
         ("config.json", "base_model_name", {"model_type": "lohp_policy"}),
     ],
 )
-def test_local_base_model_is_refused(tmp_path, file, key, kind):
-    (tmp_path / file).write_text(json.dumps({**kind, key: str(tmp_path)}))
+@pytest.mark.parametrize("name", [None, "./tiny"])
+def test_local_base_model_is_refused(tmp_path, file, key, kind, name):
+    """Also as policy learning names it, which knows the folder's own name only."""
+    (tmp_path / file).write_text(json.dumps({**kind, key: name or str(tmp_path)}))
     with pytest.raises(ValueError, match=f"local path.* repository id of the base model into `{key}` of {file}"):
         check_folder(tmp_path)
 

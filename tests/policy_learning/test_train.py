@@ -23,7 +23,7 @@ from tiny import build_encoder, build_task
 def dataset(encoder, trajectories, tmp_path):
     fingerprint = base_model_fingerprint(encoder.base_model)
     dataset = TrajectoryDataset.create(
-        tmp_path / "recordings", space=encoder.space, base_fingerprint=fingerprint, base_model_name="/somewhere/tiny"
+        tmp_path / "recordings", space=encoder.space, base_fingerprint=fingerprint, base_model_name="someone/tiny"
     )
     for task in TASKS:
         dataset.append(task.name, [run for run in trajectories if run.task == task.name])
@@ -42,7 +42,7 @@ def test_recordings_in_policy_out(encoder, dataset, tmp_path):
     assert_same_weights(loaded.state_dict(), policy.state_dict())
     config = loaded.config
     assert (config.preset, config.policy_steps, config.max_text_length) == ("lohp+path", 3, encoder.max_length)
-    assert config.base_model_name == "tiny"  # not a path of this machine
+    assert config.base_model_name == "someone/tiny"
     assert config.base_fingerprint == base_model_fingerprint(encoder.base_model)
     assert config.tokenizer_fingerprint == tokenizer_fingerprint(encoder.tokenizer)
     assert config.optimizers == ["adamw", "sam"]
@@ -190,11 +190,17 @@ def test_fp16_is_refused_before_any_work(encoder, dataset, tmp_path, monkeypatch
     assert not (tmp_path / "policy").exists()
 
 
-@pytest.mark.parametrize("name", ["someone/tiny-bert", "tiny-bert"])
-def test_a_hub_id_stays_whole_and_comes_from_the_base_model(encoder, dataset, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "recorded"), [("me/tiny-bert", "me/tiny-bert"), ("tiny-bert", "tiny-bert"), ("/somewhere/tiny", "./tiny")]
+)
+def test_the_base_model_is_named_by_its_hub_id_or_by_its_folder_alone(encoder, dataset, tmp_path, name, recorded):
+    """No path of this machine, and nothing that could be taken for a Hub id: such a policy is not published as it is."""
     encoder.base_model.config._name_or_path = name
     try:
-        assert train(encoder, dataset, tmp_path / "policy").config.base_model_name == name
+        assert train(encoder, dataset, tmp_path / "policy").config.base_model_name == recorded
+        if recorded != name:
+            with pytest.raises(ValueError, match="local path, which nobody else has: './tiny'"):
+                check_folder(tmp_path / "policy")
     finally:
         encoder.base_model.config._name_or_path = ""
 
