@@ -110,11 +110,16 @@ def check_folder(folder: str | os.PathLike) -> tuple[str, dict[str, int]]:
             f"{', '.join(problems)}. Remove them or publish another folder."
         )
     kind, file, key = _kind(folder, sizes)
-    base_model = public_base_model(folder) if kind == "adapter" else read_json(folder / file).get(key)
-    if base_model and not is_hub_id(base_model):
+    if kind == "adapter":
+        named = {name: public_base_model((folder / name).parent) for name in _adapters(sizes)}
+    else:
+        named = {file: read_json(folder / file).get(key)}
+    local = {name: base for name, base in named.items() if base and not is_hub_id(base)}
+    if local:
         raise ValueError(
-            f"The {kind} in {folder} names its base model by a local path, which nobody else has: {base_model!r}. "
-            f"Write the repository id of the base model into `{key}` of {file} instead."
+            f"The {kind} in {folder} names its base model by a local path, which nobody else has: "
+            f"{', '.join(sorted({repr(base) for base in local.values()}))}. "
+            f"Write the repository id of the base model into `{key}` of {', '.join(local)} instead."
         )
     return kind, sizes
 
@@ -160,7 +165,8 @@ def push_folder(
     if dry_run:
         return PushReport(repo_id, repo_type, kind, sizes)
     if kind == "adapter":
-        public_base_model(folder, write=True)
+        for name in _adapters(sizes):
+            public_base_model((Path(folder) / name).parent, write=True)
         sizes = {name: (Path(folder) / name).stat().st_size for name in sizes}
     card = Path(folder) / "README.md"
     if not card.exists() or _EMPTY_CARD in card.read_text(encoding="utf-8"):
@@ -372,6 +378,11 @@ def _told_clearly(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise RuntimeError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _adapters(sizes: Iterable[str]) -> list[str]:
+    """The configurations of an adapter and of further ones, which PEFT saves in folders inside."""
+    return [name for name in sizes if Path(name).name == "adapter_config.json"]
 
 
 def _kind(folder: Path, sizes: dict[str, int]) -> tuple[str, str, str]:

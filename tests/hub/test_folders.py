@@ -79,6 +79,15 @@ def test_local_base_model_is_refused(tmp_path, file, key, kind, name):
         check_folder(tmp_path)
 
 
+def test_every_adapter_in_a_folder_is_looked_at(adapter, tmp_path):
+    """PEFT saves adapters that are not called `default` in folders inside."""
+    for name in ("one", "two"):
+        (adapter / name).mkdir()
+        (adapter / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(ValueError, match="of one/adapter_config.json, two/adapter_config.json instead"):
+        check_folder(adapter)
+
+
 # Adapters of a base model that was loaded from a folder
 
 
