@@ -12,6 +12,8 @@ from lohp_peft.policy import LoHpPolicy
 from lohp_peft.tasks import Examples, Head, TextEncoder, solve_head
 
 INITS = ("default", "eva")
+_ADAPTER = "adamw_baseline"
+"""Of the copy that is trained, which may hold other adapters."""
 
 
 class AdamWBaseline:
@@ -30,6 +32,7 @@ class AdamWBaseline:
         init: `"default"`, or `"eva"`: A along the leading directions of the modules' inputs on the support set
             (Known: 2410.07170), all modules at the same rank.
         dtype: Autocast type of the forward passes, or `None` for the model's own.
+        head: `"ridge"` or `"prototype"`, or `None` for the policy's own.
 
     Raises:
         ValueError: When a value is out of range.
@@ -46,6 +49,7 @@ class AdamWBaseline:
         batch_size: int = 32,
         init: str = "default",
         dtype: torch.dtype | None = None,
+        head: str | None = None,
     ) -> None:
         if steps < 1 or batch_size < 1:
             raise ValueError(f"AdamW needs at least 1 step of at least 1 example, got {steps} steps of {batch_size}.")
@@ -53,6 +57,7 @@ class AdamWBaseline:
             raise ValueError(f"`init` must be one of {list(INITS)}, got {init!r}.")
         self.base_model, self.tokenizer, self.policy, self.init = base_model, tokenizer, policy, init
         self.learning_rate, self.steps, self.batch_size, self.dtype = learning_rate, steps, batch_size, dtype
+        self.head = head or policy.config.head
 
     def fit(
         self,
@@ -86,9 +91,14 @@ class AdamWBaseline:
             adapted = get_peft_model(
                 copy.deepcopy(self.base_model),
                 LoraConfig(r=config.r, lora_alpha=config.r, target_modules=names, **init),
+                adapter_name=_ADAPTER,
             )
             if eva:
-                initialize_lora_eva_weights(adapted, self._batches(support), show_progress_bar=False)
+                initialize_lora_eva_weights(
+                    adapted, self._batches(support), adapter_name=_ADAPTER, show_progress_bar=False
+                )
+        adapted.base_model.enable_adapter_layers()  # those of a base model with adapters are off for its embeddings
+        adapted.set_adapter(_ADAPTER)
         if start is not None:
             _load(adapted, start, names, config.r)
         if hasattr(adapted.get_base_model(), "set_attn_implementation"):
@@ -135,6 +145,7 @@ class AdamWBaseline:
                     list(support.texts[part]),
                     None if pairs is None else list(pairs[part]),
                     padding=True,
+                    padding_side="right",
                     return_tensors="pt",
                     **limits,
                 ).to(self.base_model.device)
@@ -143,7 +154,7 @@ class AdamWBaseline:
         ]
 
     def _solve(self, embeddings: Tensor, targets: Tensor, n_classes: int) -> Head:
-        return solve_head(embeddings, targets, n_classes, self.policy.config.head, ridge=self.policy.config.ridge)
+        return solve_head(embeddings, targets, n_classes, self.head, ridge=self.policy.config.ridge)
 
     def _encoder(self, model: nn.Module) -> TextEncoder:
         config = self.policy.config
@@ -163,4 +174,4 @@ def _load(model: nn.Module, start: Mapping[str, tuple[Tensor, Tensor]], names: S
     for name, pair in start.items():
         for part, tensor in zip(("lora_A", "lora_B"), pair, strict=True):
             tensors[f"base_model.model.{name}.{part}.weight"] = tensor
-    set_peft_model_state_dict(model, tensors)
+    set_peft_model_state_dict(model, tensors, adapter_name=_ADAPTER)

@@ -27,6 +27,7 @@ from lohp_peft.tasks.encoder import EncodedTexts
 from lohp_peft.tasks.requirements import check_gradients
 
 TOO_FEW_FOR_STEPS = "Gradient steps need two classes of four examples."
+TOO_FEW_TO_COMPARE = "Candidates were not compared, which needs two examples of a class."
 
 
 @document_fields
@@ -76,6 +77,8 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         problems = []
+        if self.policy_steps is not None and self.policy_steps < 1:
+            problems.append(f"`policy_steps` must be at least 1, got {self.policy_steps}")
         if self.num_candidates < 0:
             problems.append(f"`num_candidates` must be at least 0, got {self.num_candidates}")
         if not isinstance(self.amplitudes, tuple | list) or not self.amplitudes:
@@ -228,6 +231,11 @@ class CandidateSet:
         for i, (task, rows) in enumerate(zip(self.examples, compared, strict=True)):
             embeddings = {name: known[name][i][rows] if name in known else others[name][i] for name in states}
             given = task.targets[rows], task.n_classes
+            if given[0].bincount().max() < 2:  # every score is that of chance, and rounding would choose
+                made.append(
+                    Choice(generated[i], embedded[i], (Candidate("generated"),), "generated", TOO_FEW_TO_COMPARE)
+                )
+                continue
             losses = {
                 name: leave_one_out_loss(x, *given, ridge=self.policy.config.ridge).cpu()
                 for name, x in embeddings.items()

@@ -45,7 +45,7 @@ class EvaluationConfig:
     draws: int = field(default=3, metadata={"help": "support sets per task"})
     seed: int = field(default=0, metadata={"help": "seed of draws, controls and baselines"})
     max_test: int | None = field(
-        default=None, metadata={"help": "most rows of split test, drawn class-balanced; none for all"}
+        default=None, metadata={"help": "most rows of split test, drawn class-balanced, but one a class; none for all"}
     )
     methods: tuple[str, ...] = field(default=METHODS, metadata={"help": "methods to run"})
     adamw_steps: int = field(default=80, metadata={"help": "optimizer steps of AdamW; chosen on validation tasks"})
@@ -91,7 +91,8 @@ def evaluate_tasks(
         draws: Support sets per task.
         seed: Seed of everything.
         config: Replaces the three above and more.
-        generation: Settings of the full product; its precision is that of every method but AdamW.
+        generation: Settings of the full product; its head is that of every method, its precision that of every method but
+            AdamW.
         console: Where progress goes; standard error when absent.
         on_task: Called with each task's name and scores as they come, for instance to save them.
 
@@ -100,8 +101,11 @@ def evaluate_tasks(
         draws; seconds are the median time from examples to adapter, features and head included.
 
     Raises:
-        ValueError: When the policy does not fit the base model, or a task lacks a split.
+        ValueError: When the policy does not fit the base model, tasks share a name, or a task lacks a split.
     """
+    names = [task.name for task in tasks]
+    if shared := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Tasks need names of their own, by which scores are returned; several are called {shared}.")
     config = config or EvaluationConfig(shots=shots, draws=draws, seed=seed)
     generation = generation or GenerationConfig()
     policy = load_policy(policy)
@@ -156,6 +160,7 @@ class _TaskEvaluation:
                     learning_rate=self.config.adamw_learning_rate,
                     steps=self.config.adamw_steps,
                     dtype=torch.bfloat16 if self.config.adamw_mixed_precision == "bf16" else None,
+                    head=self.generation.head,
                 )
                 ((adapted, head),) = baseline.fit(support, seed)
                 seconds, extra = time.perf_counter() - start, {"optimizer_steps": self.config.adamw_steps}
@@ -214,8 +219,8 @@ class _TaskEvaluation:
 
     def _head(self, encoded: EncodedTexts, state: Tensor, support: Examples) -> Head:
         embeddings = self.encoder.embed(encoded, state[None] if state.any() else None)
-        config = self.policy.config
-        return solve_head(embeddings, support.targets, support.n_classes, config.head, ridge=config.ridge)
+        config, kind = self.policy.config, self.generation.head or self.policy.config.head
+        return solve_head(embeddings, support.targets, support.n_classes, kind, ridge=config.ridge)
 
     @torch.no_grad()
     def _embed_test(self, state: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -237,7 +238,7 @@ def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed
 
 
 def read_support(support: Support) -> Examples:
-    """Check a support set.
+    """Check a support set, in which examples of the same texts and label count once.
 
     Args:
         support: `Examples`, a `datasets.Dataset`, or rows `{text[, text_b], label}`.
@@ -256,7 +257,10 @@ def read_support(support: Support) -> Examples:
             f"A support set needs examples of at least two classes, got {len(examples)} examples of {len(present)} "
             f"({', '.join(names) or 'none'})."
         )
-    return examples
+    distinct = examples.distinct()  # one that is left out, or lies in the other half, must not be there a second time
+    if repeated := len(examples) - len(distinct):
+        warnings.warn(f"{repeated} of {len(examples)} examples repeat others and count once.", stacklevel=3)
+    return distinct
 
 
 def generate_adapter(
@@ -286,8 +290,9 @@ def generate_adapter(
 
 @contextmanager
 def as_trained(policy: LoHpPolicy, base_model: nn.Module) -> Iterator[None]:
-    """A context in which the policy has no dropout and the base model none of the adapters that it may hold."""
-    with evaluating(policy), only_active(base_of(base_model), None):
+    """A context in which the policy has no dropout, the base model no adapters, and an autocast around it no effect."""
+    device = policy.scale.device.type
+    with evaluating(policy), only_active(base_of(base_model), None), torch.autocast(device, enabled=False):
         yield
 
 
@@ -343,12 +348,12 @@ def generate_adapters(
         paths = job.rollout(features)
         choices = job.choose(features, paths)
         embeddings = job.embeddings(choices)
-    seconds = (time.perf_counter() - start) / len(examples)
-    for i, (task, choice) in enumerate(zip(examples, choices, strict=True)):
-        head = job.solve(embeddings[i], task.targets, task.n_classes)
-        lora = policy.space.decode(choice.state)
-        report = _report(job, i, features, choice, seconds, lora, name)
-        made.append(GeneratedAdapter(lora, choice.state, paths[i], head, task.label_names, report))
+        seconds = (time.perf_counter() - start) / len(examples)
+        for i, (task, choice) in enumerate(zip(examples, choices, strict=True)):
+            head = job.solve(embeddings[i], task.targets, task.n_classes)
+            lora = policy.space.decode(choice.state)
+            report = _report(job, i, features, choice, seconds, lora, name)
+            made.append(GeneratedAdapter(lora, choice.state, paths[i], head, task.label_names, report))
     return made
 
 

@@ -17,10 +17,12 @@ from torch import nn
 from lohp_peft.adapters.export import GenerationRecord
 from lohp_peft.adapters.writing import (
     backbone_of,
+    check_untrained,
     check_writable,
     classifier_columns,
     classifier_features,
     classifier_linear,
+    one_classifier,
     only_active,
     undone_on_error,
     write_adapter,
@@ -103,7 +105,7 @@ class LoHpModel(LoraModel):
                 )
             else:
                 # All of it before the model is changed, so that a mistake leaves it as it was.
-                inputs = _generation_inputs(config, model)
+                inputs = _generation_inputs(config, model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if inputs is not None:
             self.generate_adapter(adapter_name=adapter_name, **inputs)
@@ -289,14 +291,15 @@ def _generate(
     if _is_classifier(peft_config):
         columns = _columns(model, examples.label_names)
         linear = classifier_linear(model, adapter_name, model.config.num_labels)
+    elif _has_head(peft_config):
+        check_untrained(model, adapter_name)
     with only_active(model, None):
         encoder = encoder_for(policy, backbone, tokenizer, "no" if config is None else config.mixed_precision)
         (made,) = generate_adapters(policy, backbone, tokenizer, [examples], config, encoder=encoder)
-    with undone_on_error(layers, adapter_name):
+    with undone_on_error(layers, adapter_name), torch.autocast(encoder.device.type, enabled=False):
         write_adapter(layers, {prefix + key: pair for key, pair in made.lora.items()}, adapter_name, peft_config)
         if linear is None:
-            is_language_model = peft_config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-            record = made.record(policy_name=name, head=not is_language_model)
+            record = made.record(policy_name=name, head=_has_head(peft_config))
         else:
             with only_active(model, adapter_name):
                 features = classifier_features(model, linear, _batches(tokenizer, examples, encoder))
@@ -345,6 +348,7 @@ def _batches(tokenizer: Any, examples: Any, encoder: Any) -> Iterator[Any]:
             truncation=True,
             max_length=encoder.max_length,
             padding=True,
+            padding_side="right",
             return_tensors="pt",
         )
         yield batch.to(encoder.device)
@@ -354,7 +358,7 @@ def _has_meta(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _generation_inputs(config: LoHpConfig, model: nn.Module) -> dict[str, Any]:
+def _generation_inputs(config: LoHpConfig, model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """Policy, support set and tokenizer of a generation at injection, checked against the model."""
     from lohp_peft.generation import encoder_for, load_policy, read_support
 
@@ -363,7 +367,14 @@ def _generation_inputs(config: LoHpConfig, model: nn.Module) -> dict[str, Any]:
     encoder_for(policy, backbone_of(model, policy.layout)[0], tokenizer)
     if _is_classifier(config):
         _columns(model, support.label_names)
+        saved = {n: m for n, m in model.named_modules() if n.endswith(tuple(config.modules_to_save or ()))}
+        one_classifier(saved, adapter_name, model.config.num_labels)
     return {"policy": policy, "support": support, "tokenizer": tokenizer}
+
+
+def _has_head(config: LoraConfig) -> bool:
+    """Whether a head is kept beside the adapter."""
+    return config.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def _is_classifier(config: LoraConfig) -> bool:

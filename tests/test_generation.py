@@ -451,6 +451,7 @@ def test_scores_are_losses_of_heads_that_did_not_see_the_example(generate, polic
 @pytest.mark.parametrize(
     ("setting", "rule"),
     [
+        ({"policy_steps": 0}, "`policy_steps` must be at least 1, got 0"),
         ({"noise": -1.0}, "`noise` must be at least 0, got -1.0"),
         ({"noise": float("nan")}, "`noise` must be at least 0, got nan"),
         ({"margin": float("nan")}, "`margin` must be a number, got nan"),

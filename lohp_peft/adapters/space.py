@@ -145,7 +145,7 @@ class WeightSpace(ABC):
         for i, spec in enumerate(self.layout.modules):
             c, v, u = self._matrix(i, state), self.input_basis(i), self.output_basis(i)
             b = c.clone() if u is None else u.to(c) @ c
-            adapter[spec.name] = (v.to(c).T.contiguous(), b.contiguous())
+            adapter[spec.name] = (v.to(c).T.clone(memory_format=torch.contiguous_format), b.contiguous())
         return adapter
 
     def delta_weight(self, state: Tensor) -> dict[str, Tensor]:

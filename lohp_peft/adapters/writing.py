@@ -1,6 +1,6 @@
 """Writing adapters into the LoRA layers of a model, and closed-form heads into its classifier."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,15 @@ from lohp_peft.adapters.space import Adapter
 
 @contextmanager
 def only_active(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
-    """Run a model under one of its adapters, or under none; what was active and what is trained stays as it was."""
+    """Run a model under one of its adapters, or under none; what was active and what is trained stays as it was.
+
+    Raises:
+        ValueError: When it shall run without adapters, but holds merged ones, which PEFT would unmerge.
+    """
+    if adapter_name is None and (merged := merged_modules(model)):
+        raise ValueError(
+            f"The base model is needed without adapters, but one is merged into {merged}; unmerge it first."
+        )
     modules = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     before = [(m, m._disable_adapters, m._active_adapter) for m in modules]
     for module in modules:
@@ -33,6 +41,11 @@ def only_active(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
     finally:
         for module, disabled, active in before:
             module._disable_adapters, module._active_adapter = disabled, active
+
+
+def merged_modules(model: nn.Module) -> list[str]:
+    """The names of a model's modules that an adapter is merged into."""
+    return [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer) and layer.merged]
 
 
 def check_writable(
@@ -49,8 +62,7 @@ def check_writable(
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and adapter_name in layer.scaling
     }
-    merged = [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer) and layer.merged]
-    if merged:
+    if merged := merged_modules(model):
         problems.append(f"an adapter is merged into {merged}; unmerge it first")
     wanted = set(names)
     lacking = sorted(wanted - set(present))
@@ -97,14 +109,19 @@ def write_adapter(layers: dict[str, LoraLayer], adapter: Adapter, adapter_name: 
         a, b = adapter[name]
         old = layer.lora_A[adapter_name].weight
         device = layer.get_base_layer().weight.device if old.is_meta else old.device
-        rows = torch.zeros(old.shape, device=device) if old.is_meta else old.detach().float().clone()
+        rows = (
+            torch.zeros(old.shape, device=device, dtype=torch.float32) if old.is_meta else old.detach().float().clone()
+        )
         rows[: a.shape[0]] = a.to(rows)
-        columns = torch.zeros(layer.lora_B[adapter_name].weight.shape, device=device)
+        columns = torch.zeros(layer.lora_B[adapter_name].weight.shape, device=device, dtype=torch.float32)
         columns[:, : b.shape[1]] = b.to(columns) / layer.scaling[adapter_name]
         _set(layer.lora_A[adapter_name], rows)
         _set(layer.lora_B[adapter_name], columns)
         if adapter_name in layer.lora_variant:
+            trained = [p.requires_grad for p in layer.lora_magnitude_vector.parameters()]
             layer.lora_variant[adapter_name].init(layer, adapter_name=adapter_name, config=config)
+            for parameter, before in zip(layer.lora_magnitude_vector.parameters(), trained, strict=True):
+                parameter.requires_grad_(before)
 
 
 @contextmanager
@@ -151,21 +168,59 @@ def classifier_linear(model: nn.Module, adapter_name: str, n_labels: int) -> nn.
         ValueError: When the model has no such layer or several.
     """
     copies = {
-        name: module.modules_to_save[adapter_name]
-        for name, module in model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        name: module.modules_to_save[adapter_name] for name, module in _saved_modules(model, adapter_name).items()
     }
+    return one_classifier(copies, adapter_name, n_labels)
+
+
+def one_classifier(saved: Mapping[str, nn.Module], adapter_name: str, n_labels: int) -> nn.Linear:
+    """The linear layer that gives the logits among the modules that are saved with an adapter, by name.
+
+    Raises:
+        ValueError: When there is none or several.
+    """
     found = {}
-    for name, copy in copies.items():
-        linears = [m for m in copy.modules() if isinstance(m, nn.Linear) and m.out_features == n_labels]
+    for name, module in saved.items():
+        linears = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == n_labels]
         if linears:
             found[name] = linears[-1]
     if len(found) != 1:
         raise ValueError(
             f"Adapter {adapter_name!r} needs one classifier with {n_labels} outputs among its `modules_to_save`, found "
-            f"{sorted(found) or 'none'} among {sorted(copies) or 'none'}."
+            f"{sorted(found) or 'none'} among {sorted(saved) or 'none'}."
         )
     return next(iter(found.values()))
+
+
+def check_untrained(model: nn.Module, adapter_name: str) -> None:
+    """Make sure that what is saved whole with an adapter is as in the base model.
+
+    Raises:
+        ValueError: Naming the modules that are not: a head that is solved without them would not fit the model with them.
+    """
+    changed = [
+        name
+        for name, module in _saved_modules(model, adapter_name).items()
+        if any(
+            not mine.equal(theirs.to(mine))
+            for mine, theirs in zip(
+                module.modules_to_save[adapter_name].parameters(), module.original_module.parameters(), strict=True
+            )
+        )
+    ]
+    if changed:
+        raise ValueError(
+            f"The head is solved on the base model's own weights, but adapter {adapter_name!r} has trained {changed} "
+            "(`modules_to_save`). Generate before you train them."
+        )
+
+
+def _saved_modules(model: nn.Module, adapter_name: str) -> dict[str, ModulesToSaveWrapper]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    }
 
 
 def classifier_columns(config: Any, label_names: Sequence[str]) -> list[int]:
@@ -225,10 +280,10 @@ def write_classifier(linear: nn.Linear, features: Tensor, weight: Tensor, bias: 
         bias: Shape (classes,).
     """
     weight = weight / features.norm(dim=-1).mean().clamp(min=1e-12)
+    bias = bias.clamp(min=-100)  # of classes without examples: low enough, and training can bring it back
     if linear.bias is None:
         mean = features.mean(0)
-        # classes without examples have a bias of minus infinity, near enough
-        weight = weight + bias.clamp(min=-100)[:, None] * mean / mean.square().sum().clamp(min=1e-12)
+        weight = weight + bias[:, None] * mean / mean.square().sum().clamp(min=1e-12)
     else:
         linear.bias.copy_(bias)
     linear.weight.copy_(weight)

@@ -213,7 +213,7 @@ class TextEncoder:
             The texts as `embed` and `statistics` take them.
 
         Raises:
-            ValueError: When there are no texts.
+            ValueError: When there are no texts, or texts without a token, naming their rows.
         """
         if not len(texts):
             raise ValueError("`texts` must hold at least one text, got none.")
@@ -253,6 +253,9 @@ class TextEncoder:
             padding_side="right",
             return_tensors="pt",
         ).to(self.device)
+        empty = (batch["attention_mask"].sum(-1) == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"Every text needs at least one token, but {len(empty)} have none: rows {empty[:20]}.")
         return EncodedTexts(None, batch["attention_mask"], batch["input_ids"], batch.get("token_type_ids"))
 
     def embed(self, encoded: EncodedTexts, states: Tensor | None = None, owner: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ import gzip
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class Examples:
         texts_b: `n` second texts for pair tasks, or `None`.
 
     Raises:
-        ValueError: When the lengths differ, or a label is out of range, naming all.
+        ValueError: When the lengths differ, or a label is no int or out of range, naming all.
     """
 
     texts: tuple[str, ...]
@@ -38,6 +39,9 @@ class Examples:
         wrong = {name: size for name, size in sides.items() if size != len(self.texts)}
         if wrong:
             raise ValueError(f"Examples need one entry per text: {len(self.texts)} texts, but got {wrong}.")
+        kinds = sorted({type(y).__name__ for y in self.labels if not isinstance(y, Integral)})
+        if kinds:
+            raise ValueError(f"Labels must be class indices, ints, got {', '.join(kinds)}.")
         bad = sorted({y for y in self.labels if not 0 <= y < len(self.label_names)})
         if bad:
             raise ValueError(
@@ -64,6 +68,12 @@ class Examples:
         return Examples(
             tuple(self.texts[i] for i in rows), tuple(self.labels[i] for i in rows), self.label_names, texts_b
         )
+
+    def distinct(self) -> "Examples":
+        """Every row once: of rows with the same texts and the same label the first."""
+        pairs = [None] * len(self) if self.texts_b is None else self.texts_b
+        first = {row: i for i, row in reversed(list(enumerate(zip(self.texts, pairs, self.labels, strict=True))))}
+        return self if len(first) == len(self) else self.select(sorted(first.values()))
 
     def with_labels(self, labels: Sequence[int], label_names: Sequence[str] | None = None) -> "Examples":
         """The same texts under other labels.
@@ -98,15 +108,16 @@ class Examples:
                 problems.append(f"row {i}: expected a mapping with 'text' and 'label', got {type(row).__name__}")
             elif not _is_text(row.get("text")) or not row["text"].strip():
                 problems.append(f"row {i}: 'text' must be a non-empty string, got {row.get('text')!r}")
-            elif type(row.get("label")) is not int and not _is_text(row.get("label")):
+            elif not _is_index(row.get("label")) and not _is_text(row.get("label")):
                 problems.append(f"row {i}: 'label' must be a string or an int, got {row.get('label')!r}")
             elif (row.get("text_b") is not None) != pair or (pair and not _is_text(row["text_b"])):
                 problems.append(
                     f"row {i}: 'text_b' must be a string in all rows or in none, got {row.get('text_b')!r}"
                 )
-        kinds = {type(row["label"]).__name__ for row in rows if isinstance(row, Mapping) and "label" in row}
-        if not problems and len(kinds) > 1:
-            problems.append(f"labels must be all strings or all ints, got {sorted(kinds)}")
+        if not problems and len({_is_text(row["label"]) for row in rows}) > 1:
+            problems.append(
+                f"labels must be all strings or all ints, got {sorted({type(row['label']).__name__ for row in rows})}"
+            )
         if problems:
             raise ValueError(f"{len(problems)} malformed support rows: " + "; ".join(problems[:20]))
         values = sorted({row["label"] for row in rows})
@@ -207,6 +218,11 @@ class Task:
 def _is_text(value: Any) -> bool:
     """Whether a value is a string that has a UTF-8 form; JSON can spell halves of characters, which have none."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_index(value: Any) -> bool:
+    """Whether a value is an int, numpy's among them, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -77,6 +77,13 @@ def test_one_example_a_class_is_finite(statistics, reference):
     assert found.labels[-2:].tolist() == pytest.approx([math.log(3), 0])
 
 
+def test_one_example_a_class_has_the_error_rate_of_chance():
+    """All its leave-one-out scores are equal but for rounding."""
+    for seed in range(5):
+        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
+        assert support_errors(x, torch.arange(3), 4)[2] == pytest.approx(2 / 3)
+
+
 def test_the_reference_is_an_orthonormal_frame(statistics, reference):
     torch.testing.assert_close(reference["axes"].T @ reference["axes"], torch.eye(6), atol=1e-5, rtol=0)
     assert (reference["axes_std"].diff() <= 1e-6).all()

@@ -1,6 +1,7 @@
 import gzip
 import json
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -68,6 +69,21 @@ def test_examples_check_their_sizes_and_labels():
         Examples(("x", "y"), (0,), ("a",), ("1", "2", "3"))
     with pytest.raises(ValueError, match=r"Labels must be in 0..1 \(2 names\), got \[-1, 2\]"):
         Examples(("x", "y", "z"), (2, 0, -1), ("a", "b"))
+
+
+def test_class_indices_are_ints():
+    with pytest.raises(ValueError, match="Labels must be class indices, ints, got float"):
+        Examples(("a", "b"), (0.7, 1.2), ("x", "y"))
+    rows = [{"text": text, "label": label} for text, label in zip("abc", np.array([3, 1, 3]), strict=True)]
+    assert Examples.from_rows(rows).label_names == ("1", "3")
+    rows = [{"text": "a", "label": np.str_("x")}, {"text": "b", "label": "y"}]
+    assert Examples.from_rows(rows).labels == (0, 1)
+
+
+def test_rows_that_repeat_others_are_left_out():
+    """Another label or another second text makes another row; of equal ones the first stays where it was."""
+    repeated = Examples(("b", "a", "b", "b", "b"), (0, 1, 0, 1, 0), ("x", "y"), ("c", "c", "c", "c", "d"))
+    assert repeated.distinct() == repeated.select([0, 1, 3, 4])
 
 
 def test_select_and_relabel():
