@@ -38,7 +38,7 @@ class EvaluationConfig:
     Defaults are Ours: those of the benchmarks.
 
     Raises:
-        ValueError: When a value is out of range.
+        ValueError: Listing every value out of range.
     """
 
     shots: int = field(default=16, metadata={"help": "support examples per class, drawn from split train"})
@@ -53,14 +53,24 @@ class EvaluationConfig:
     adamw_mixed_precision: str = field(default="no", metadata={"help": "of AdamW's forward passes, no or bf16"})
 
     def __post_init__(self) -> None:
-        if self.adamw_mixed_precision not in ("no", "bf16"):
-            raise ValueError(f"`adamw_mixed_precision` must be no or bf16, got {self.adamw_mixed_precision!r}.")
-        unknown = sorted(set(self.methods) - set(METHODS))
-        if unknown or self.shots < 2 or self.draws < 1:
-            raise ValueError(
-                f"Evaluation: `methods` must be among {list(METHODS)}, got {unknown or 'valid ones'}; `shots` must be at "
-                f"least 2, got {self.shots}; `draws` at least 1, got {self.draws}."
+        problems = []
+        if self.shots < 2:
+            problems.append(f"`shots` must be at least 2, got {self.shots}")
+        if self.draws < 1:
+            problems.append(f"`draws` must be at least 1, got {self.draws}")
+        if self.max_test is not None and self.max_test < 1:
+            problems.append(f"`max_test` must be at least 1, got {self.max_test}")
+        if unknown := sorted(set(self.methods) - set(METHODS)):
+            problems.append(f"`methods` must be among {list(METHODS)}, got {unknown}")
+        if self.adamw_steps < 1 or not self.adamw_learning_rate > 0:
+            problems.append(
+                "`adamw_steps` must be at least 1 and `adamw_learning_rate` above 0, got "
+                f"{self.adamw_steps} and {self.adamw_learning_rate}"
             )
+        if self.adamw_mixed_precision not in ("no", "bf16"):
+            problems.append(f"`adamw_mixed_precision` must be no or bf16, got {self.adamw_mixed_precision!r}")
+        if problems:
+            raise ValueError("Evaluation: " + "; ".join(problems) + ".")
 
 
 def evaluate_tasks(

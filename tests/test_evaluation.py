@@ -216,9 +216,11 @@ def test_few_test_rows_are_drawn_balanced(policy, encoder):
 
 def test_errors(policy, encoder):
     with pytest.raises(
-        ValueError, match=r"got \['sgd'\]; `shots` must be at least 2, got 1; `draws` at least 1, got 0"
+        ValueError, match=r"^Evaluation: `shots` .* got 1; `draws` .* got 0; `methods` .* got \['sgd'\]\.$"
     ):
         EvaluationConfig(methods=("none", "sgd"), shots=1, draws=0)
+    with pytest.raises(ValueError, match=r"^Evaluation: `max_test` .* got 0; `adamw_steps` .* got 1 and 0\.$"):
+        EvaluationConfig(max_test=0, adamw_steps=1, adamw_learning_rate=0)
     with pytest.raises(ValueError, match="no rows in split 'test'"):
         evaluate(policy, encoder, [build_task("spam")])
     bare = build_policy(encoder)
