@@ -257,7 +257,7 @@ class CandidateSet:
         return [self._step(i, choice, generated[i]) for i, choice in enumerate(choices)]
 
     def _step(self, task: int, choice: Choice, generated: Tensor) -> Choice:
-        """The generated adapter after gradient steps where unseen examples confirm them, else the choice so far."""
+        """The generated adapter after gradient steps, where unseen examples confirm them and they gain more than the choice so far."""
         config, examples = self.config, self.examples[task]
         rows = torch.arange(len(self.owner)).split(self.sizes)[task]
         taken = verified_steps(
@@ -278,7 +278,8 @@ class CandidateSet:
         (mean, error), name = taken.change, f"generated + {taken.steps} gradient steps"
         verdict = f"{taken.steps} gradient steps change the loss of unseen examples by {mean:+.3f} +- {error:.3f} nats"
         candidates = (*choice.candidates, Candidate(name, excess=taken.change))
-        if taken.confirmed:
+        lead = {c.name: c.excess or (0.0, 0.0) for c in choice.candidates}[choice.name][0]
+        if taken.confirmed and mean < lead:
             return Choice(taken.state, None, candidates, name, f"{verdict}.", taken.steps)
         return replace(choice, candidates=candidates, reason=f"{choice.reason} {verdict}: not kept.")
 

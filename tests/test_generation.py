@@ -14,7 +14,7 @@ from transformers import BertTokenizer
 from lohp_peft import LoHpConfig, candidates
 from lohp_peft.candidates import Candidate, GenerationConfig, _decide
 from lohp_peft.generation import generate_adapter, generate_adapters
-from lohp_peft.tasks import Examples, TaskFeatures, calibrated_cross_entropy, solve_head
+from lohp_peft.tasks import Examples, TaskFeatures, VerifiedSteps, calibrated_cross_entropy, solve_head
 from tiny import WORDS, build_base_model, build_encoder, build_policy, build_task
 
 TASKS = [
@@ -180,6 +180,19 @@ def test_a_harmful_policy_abstains_and_says_why(generate, harmful):
     (forced,) = generate([support], GenerationConfig(choose=False), policy=harmful)
     assert forced.state.any()
     assert not forced.report.abstained
+
+
+@pytest.mark.parametrize(("change", "kept"), [(-0.001, False), (-5.0, True)])
+def test_gradient_steps_are_kept_where_they_gain_more_than_the_choice_so_far(
+    generate, harmful, monkeypatch, change, kept
+):
+    """They are confirmed against the generated adapter, and "none" may be better than that by far more."""
+    taken = VerifiedSteps(torch.ones(harmful.space.shape), (change, 0.0001), 4, True)
+    monkeypatch.setattr(candidates, "verified_steps", lambda *args, **kwargs: taken)
+    (made,) = generate([TASKS[0].draw_support(16, 0)], GenerationConfig(gradient_steps=4), policy=harmful)
+    assert made.report.chosen == ("generated + 4 gradient steps" if kept else "none")
+    assert made.report.gradient_steps == (4 if kept else 0)
+    assert kept or made.report.reason.endswith("nats: not kept.")
 
 
 def test_a_smaller_amplitude_of_a_harmful_adapter_is_better(generate, harmful):
