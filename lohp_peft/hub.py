@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from lohp_peft.adapters import base_model_fingerprint
-from lohp_peft.cards import is_hub_id, public_base_model, write_adapter_card, write_policy_card, write_trajectory_card
+from lohp_peft.cards import CARD_OF, is_hub_id, public_base_model, write_card
 from lohp_peft.files import read_json
 
 __all__ = [
@@ -34,16 +34,12 @@ PICKLE_SUFFIXES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt"
 """Formats that run code when they are read; a repository that holds one is not fetched."""
 SHIPPED_POLICIES = {"shipped": "minilm-text"}
 """Policies inside the package, by the name that finds them."""
+_ON_THE_HUB = "owner/name@commit with a commit hash of 40 hexadecimal digits"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LEFT_OUT = re.compile(r"checkpoint(-\d+)?|log\.jsonl|runs|trajectory_snapshots|\.lock|\.cache")
 """What training leaves beside its result: states to resume from, logs of reporters, recordings on the way."""
 _EMPTY_CARD = "# Model Card for Model ID"
 _FINGERPRINT_FILES = ("lohp_provenance.json", "manifest.json", "config.json")
-_WRITE_CARD: dict[str, Callable[..., Path]] = {
-    "adapter": write_adapter_card,
-    "policy": write_policy_card,
-    "trajectories": write_trajectory_card,
-}
 
 
 @dataclass(frozen=True)
@@ -162,16 +158,17 @@ def push_folder(
         raise ValueError(f"`repo_id` must be spelled owner/name and name no local path, got {repo_id!r}.")
     kind, sizes = check_folder(folder)
     repo_type = "dataset" if kind == "trajectories" else "model"
+    path, card = Path(folder) / "README.md", None
+    if not path.exists() or _EMPTY_CARD in path.read_text(encoding="utf-8"):
+        card = CARD_OF[kind](folder, name=repo_id.split("/")[1], location=repo_id, license=license)
+        sizes = dict(sorted({**sizes, path.name: len(card.encode())}.items()))
     if dry_run:
         return PushReport(repo_id, repo_type, kind, sizes)
-    if kind == "adapter":
-        for name in _adapters(sizes):
-            public_base_model((Path(folder) / name).parent, write=True)
-        sizes = {name: (Path(folder) / name).stat().st_size for name in sizes}
-    card = Path(folder) / "README.md"
-    if not card.exists() or _EMPTY_CARD in card.read_text(encoding="utf-8"):
-        _WRITE_CARD[kind](folder, name=repo_id.split("/")[1], location=repo_id, license=license)
-        sizes = dict(sorted({**sizes, card.name: card.stat().st_size}.items()))
+    if card is not None:
+        write_card(folder, card)
+    for name in _adapters(sizes) if kind == "adapter" else ():
+        public_base_model((Path(folder) / name).parent, write=True)
+    sizes = {name: (Path(folder) / name).stat().st_size for name in sizes}
     api = HfApi(token=token)
     with _told_clearly(f"Publishing {folder} to {repo_id} failed; it can be repeated"):
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
@@ -287,11 +284,10 @@ def find_policy(name: str | os.PathLike, *, token: str | None = None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     repo_id, _, revision = str(name).partition("@")
-    if "/" in repo_id and is_hub_id(repo_id):
+    if "/" in repo_id and is_hub_id(repo_id) and revision:
         return pull_folder(repo_id, revision=revision, token=token)
-    raise ValueError(
-        f"Policy {str(name)!r} is none of: {', '.join(map(repr, SHIPPED_POLICIES))}, an existing folder, owner/name@commit."
-    )
+    known = ", ".join(map(repr, SHIPPED_POLICIES))
+    raise ValueError(f"Policy {str(name)!r} is none of: {known}, an existing folder, {_ON_THE_HUB}.")
 
 
 def find_trajectories(
@@ -317,8 +313,8 @@ def find_trajectories(
             check_fingerprint(name, base_model)
         return Path(name)
     repo_id, _, revision = str(name).partition("@")
-    if "/" not in repo_id or not is_hub_id(repo_id):
-        raise ValueError(f"Trajectories {str(name)!r} are neither an existing folder nor owner/name@commit.")
+    if "/" not in repo_id or not is_hub_id(repo_id) or not revision:
+        raise ValueError(f"Trajectories {str(name)!r} are neither an existing folder nor {_ON_THE_HUB}.")
     home = Path(constants.HF_HOME) / "lohp_peft" / "trajectories"
     target = local_dir or home / repo_id.replace("/", "--") / revision
     return pull_folder(

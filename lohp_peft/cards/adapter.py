@@ -15,6 +15,7 @@ from lohp_peft.cards.markdown import (
     read_json,
     render,
     score_table,
+    write_card,
 )
 
 ADAPTER_FILE = "adapter_config.json"
@@ -34,8 +35,12 @@ _PIPELINE_TAGS = {
     "TOKEN_CLS": "token-classification",
     "CAUSAL_LM": "text-generation",
     "FEATURE_EXTRACTION": "feature-extraction",
+    "QUESTION_ANS": "question-answering",
 }
 """By PEFT's task types, what the Hub's widget should do with the model."""
+_BASE_TERMS = "The terms of the base model apply as well"
+_POLICY_TERMS = """, and those of the policy, whose card lists its training tasks with their
+licences."""
 
 
 def adapter_card(
@@ -48,15 +53,16 @@ def adapter_card(
     scores: Mapping[str, Mapping[str, Any]] | None = None,
     license: str | None = None,
 ) -> str:
-    """Render the card of a generated adapter.
+    """Render the card of an adapter.
 
     Args:
         config: The content of `adapter_config.json`.
         provenance: The content of `lohp_provenance.json`. `label_names`, `pooling`, `max_length`, `gradient_steps`,
-            `weights_changed` and `reason` are read, every other entry is listed.
+            `weights_changed` and `reason` are read, every other entry is listed. Without it the card says that nobody
+            recorded how the adapter was made.
         name: Title of the card.
         location: Repository id or folder that the loading snippet names; `name` by default.
-        has_head: Whether the folder holds `head.safetensors`.
+        has_head: Whether the folder holds the `head.safetensors` that the provenance describes.
         scores: One row a method, one column a metric, such as one task of `evaluate_tasks`; numbers in 0..1.
         license: Licence identifier of the Hub for the adapter.
 
@@ -66,7 +72,7 @@ def adapter_card(
     Raises:
         ValueError: When the provenance has labels that are no list, or a pooling that is unknown.
     """
-    provenance = dict(provenance or {})
+    recorded, provenance = bool(provenance), dict(provenance or {})
     config = {**config, BASE_KEY: _base_model(config, provenance)}
     base = config[BASE_KEY]
     settings = {
@@ -78,21 +84,63 @@ def adapter_card(
     }
     if not isinstance(settings["labels"], list | tuple | None):
         raise ValueError(f"`label_names` in the provenance must be a list of names, got {settings['labels']!r}.")
-    limits = ["An adapter from a few examples is as good as they are: check it on labelled examples of your own."]
+    method = str(config.get("peft_type") or "LORA")
+    limits = ["Check it on labelled examples of your own."]
+    if recorded:
+        limits = ["An adapter from a few examples is as good as they are: check it on labelled examples of your own."]
     if provenance.get("reason"):
         limits.insert(0, f"**The generated adapter was not taken**, for this reason: {provenance['reason']}.")
     return render(
         "adapter_card.md",
-        model_metadata(base, "peft", ["lohp", "lora"], license, _PIPELINE_TAGS.get(str(config.get("task_type")))),
+        model_metadata(
+            base,
+            "peft",
+            ["lohp", "lora"] if recorded else ["lora" if method == "LOHP" else method.lower()],
+            license,
+            _PIPELINE_TAGS.get(str(config.get("task_type"))),
+        ),
         name=name,
-        base_model=base_link(base),
-        how=_how(provenance.get("gradient_steps"), provenance.get("weights_changed")),
-        snippet=_adapter_snippet(config, provenance, settings["labels"], location or name, has_head),
+        about=_about(base_link(base), provenance) if recorded else _about_unrecorded(base_link(base), method),
+        snippet=_adapter_snippet(config, provenance, settings["labels"], location or name, has_head and recorded),
         adapter=entries_table(settings),
         scores=score_table(scores),
         provenance=entries_table(provenance),
         license=license or "Not stated",
+        terms=f"{_BASE_TERMS}{_POLICY_TERMS if recorded else '.'}",
         limits="\n".join(f"- {limit}" for limit in limits),
+    )
+
+
+def adapter_card_of(
+    folder: str | os.PathLike,
+    *,
+    name: str | None = None,
+    location: str | None = None,
+    scores: Mapping[str, Mapping[str, Any]] | None = None,
+    license: str | None = None,
+) -> str:
+    """The card that `write_adapter_card` writes, with the same arguments.
+
+    Args:
+        folder: See there, as all that follow.
+        name: See there.
+        location: See there.
+        scores: See there.
+        license: See there.
+
+    Raises:
+        ValueError: See there.
+    """
+    folder = Path(folder)
+    config, provenance = _read(folder)
+    return adapter_card(
+        config,
+        provenance,
+        name=name or folder.resolve().name,
+        location=location,
+        has_head=(folder / "head.safetensors").exists(),
+        scores=scores,
+        license=license,
     )
 
 
@@ -119,20 +167,8 @@ def write_adapter_card(
     Raises:
         ValueError: When the folder holds no readable `adapter_config.json`.
     """
-    folder = Path(folder)
-    config, provenance = _read(folder)
-    card = adapter_card(
-        config,
-        provenance,
-        name=name or folder.resolve().name,
-        location=location,
-        has_head=(folder / "head.safetensors").exists(),
-        scores=scores,
-        license=license,
-    )
-    path = folder / "README.md"
-    path.write_text(card, encoding="utf-8")
-    return path
+    card = adapter_card_of(folder, name=name, location=location, scores=scores, license=license)
+    return write_card(folder, card)
 
 
 def public_base_model(folder: str | os.PathLike, *, write: bool = False) -> str | None:
@@ -170,22 +206,31 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, read_json(folder, PROVENANCE_FILE, "an adapter folder") if recorded else {}
 
 
-def _how(gradient_steps: Any, weights_changed: Any) -> str:
-    """How the adapter came to be: the end of a sentence."""
-    if weights_changed:
-        return (
+def _about_unrecorded(base: str, method: str) -> str:
+    return f"A PEFT adapter (`{method}`) for {base}. How it was made is not recorded."
+
+
+def _about(base: str, provenance: Mapping[str, Any]) -> str:
+    """What the adapter is and how it came to be."""
+    steps = provenance.get("gradient_steps")
+    how = ", forward-only: no gradient step is in it."
+    if provenance.get("weights_changed"):
+        how = (
             ". **Its weights have changed since**: they were trained further, or others were loaded in their place, so that\n"
             "what is told of them below is how they began."
         )
-    if gradient_steps:
-        return f", then {gradient_steps} gradient steps on them, which lowered the loss of examples they were not taken on."
-    return ", forward-only: no gradient step was taken for this task."
+    elif steps:
+        how = f", then {steps} gradient steps on them, which lowered the loss of examples they were not taken on."
+    return (
+        f"A plain LoRA for {base}, written by a [Lo-Hp](https://arxiv.org/abs/2511.00543) policy from a few labelled\n"
+        f"examples{how} It is an ordinary PEFT adapter and loads without\n`lohp_peft`."
+    )
 
 
 def _adapter_snippet(
     config: Mapping[str, Any], provenance: Mapping[str, Any], labels: Any, location: str, has_head: bool
 ) -> str:
-    base = config.get("base_model_name_or_path")
+    base, method = config.get(BASE_KEY), config.get("peft_type")
     base = base if is_hub_id(base) else "path/to/the/base/model"
     if not has_head:
         auto = {
@@ -193,10 +238,12 @@ def _adapter_snippet(
             "CAUSAL_LM": "AutoModelForCausalLM",
             "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
             "TOKEN_CLS": "AutoModelForTokenClassification",
+            "QUESTION_ANS": "AutoModelForQuestionAnswering",
         }.get(str(config.get("task_type")), "AutoModel")
         count = f", num_labels={len(labels)}" if labels and auto.endswith("SequenceClassification") else ""
+        register = "import lohp_peft  # PEFT knows this type of adapter only then\n" if method == "LOHP" else ""
         return (
-            f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+            f"{register}from peft import PeftModel\nfrom transformers import {auto}\n\n"
             f'base_model = {auto}.from_pretrained("{base}"{count})\n'
             f'model = PeftModel.from_pretrained(base_model, "{location}").eval()'
         )

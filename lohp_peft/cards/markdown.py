@@ -1,6 +1,7 @@
 """What all cards are made of: metadata, tables and templates."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,11 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def is_hub_id(name: str | None) -> bool:
     """Whether `name` is spelled like a Hub repository id and names no local path."""
     return bool(name) and _REPO_ID.fullmatch(str(name)) is not None and not Path(str(name)).exists()
+
+
+def pinned(place: str) -> str:
+    """The name by which a snippet finds a repository: with a commit, which nobody knows before it is published."""
+    return f"{place}@<commit hash>" if "/" in place and is_hub_id(place) else place
 
 
 def model_metadata(
@@ -89,6 +95,13 @@ def render(template: str, metadata: CardData, **values: str) -> str:
     """Fill a template of this package."""
     text = (Path(__file__).parents[1] / "templates" / template).read_text(encoding="utf-8")
     return Template(text).substitute(values, front_matter=f"---\n{metadata.to_yaml()}\n---")
+
+
+def write_card(folder: str | os.PathLike, card: str) -> Path:
+    """The path of `README.md` in `folder`, into which `card` is written."""
+    path = Path(folder) / "README.md"
+    path.write_text(card, encoding="utf-8")
+    return path
 
 
 def _score(column: str, value: Any) -> str:

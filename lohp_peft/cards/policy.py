@@ -8,13 +8,14 @@ from typing import Any
 from lohp_peft.cards.markdown import (
     base_link,
     entries_table,
-    is_hub_id,
     mapping,
     model_metadata,
+    pinned,
     read_json,
     render,
     score_table,
     table,
+    write_card,
 )
 
 
@@ -49,9 +50,7 @@ def policy_card(
     unknown = sum(not task.get("licence") for task in tasks)
     default_usage = "Read the licences above before any use beyond research"
     default_usage += f"; {unknown} of {len(tasks)} tasks state none." if unknown else "."
-    place = location or name
-    if "/" in place and is_hub_id(place):
-        place += "@<commit hash>"  # which nobody knows before it is published
+    place = pinned(location or name)
     snippet = (
         "from lohp_peft import LoHpConfig\nfrom peft import get_peft_model\n\n"
         f'model = get_peft_model(base_model, LoHpConfig(policy="{place}"))\n'
@@ -100,13 +99,43 @@ def write_policy_card(
     Raises:
         ValueError: When the folder holds no readable `config.json`.
     """
+    card = policy_card_of(
+        folder, name=name, location=location, results=results, usage=usage, limits=limits, license=license
+    )
+    return write_card(folder, card)
+
+
+def policy_card_of(
+    folder: str | os.PathLike,
+    *,
+    name: str | None = None,
+    location: str | None = None,
+    results: Mapping[str, Mapping[str, Any]] | None = None,
+    usage: str | None = None,
+    limits: Sequence[str] = (),
+    license: str | None = None,
+) -> str:
+    """The card that `write_policy_card` writes, with the same arguments.
+
+    Args:
+        folder: See there, as all that follow.
+        name: See there.
+        location: See there.
+        results: See there.
+        usage: See there.
+        limits: See there.
+        license: See there.
+
+    Raises:
+        ValueError: See there.
+    """
     folder = Path(folder)
     config = read_json(folder, "config.json", "a policy folder")
     provenance = dict(mapping(config.get("provenance"), f"provenance in {folder / 'config.json'}"))
     named = mapping(provenance.pop("training_tasks", None), "training_tasks in the provenance")
     tasks = [{"name": task, **mapping(about, f"training task {task!r}")} for task, about in named.items()]
     shape = {key: config.get(key) for key in ("preset", "space_kind", "r", "policy_steps", "pooling", "max_length")}
-    card = policy_card(
+    return policy_card(
         {**shape, "training tasks": len(tasks), **provenance, "base_fingerprint": config.get("base_fingerprint")},
         name=name or folder.resolve().name,
         base_model=config.get("base_model_name"),
@@ -117,9 +146,6 @@ def write_policy_card(
         limits=limits,
         license=license,
     )
-    path = folder / "README.md"
-    path.write_text(card, encoding="utf-8")
-    return path
 
 
 def _task_row(task: Mapping[str, Any]) -> tuple[str, str, str]:

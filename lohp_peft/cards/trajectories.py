@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData
 
-from lohp_peft.cards.markdown import base_link, entries_table, read_json, render, table
+from lohp_peft.cards.markdown import base_link, entries_table, pinned, read_json, render, table, write_card
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"))
 
@@ -25,7 +25,7 @@ def trajectory_card(
     Args:
         manifest: The content of `manifest.json`.
         name: Title of the card.
-        location: Repository id that the loading snippets name; `name` by default.
+        location: Repository id or folder that the loading snippets name; `name` by default.
         licences: Licences of the tasks' texts, by task name.
         license: Licence identifier of the Hub for the trajectories.
 
@@ -58,6 +58,7 @@ def trajectory_card(
         name=name,
         base_model=base_link(manifest["base_model_name"]),
         location=location or name,
+        pinned=pinned(location or name),
         recorded=entries_table(recorded),
         tasks=_task_table(runs, licences or {}),
         license=license or "Not stated",
@@ -87,13 +88,34 @@ def write_trajectory_card(
     Raises:
         ValueError: When the folder holds no readable manifest.
     """
+    card = trajectory_card_of(folder, name=name, location=location, licences=licences, license=license)
+    return write_card(folder, card)
+
+
+def trajectory_card_of(
+    folder: str | os.PathLike,
+    *,
+    name: str | None = None,
+    location: str | None = None,
+    licences: Mapping[str, str] | None = None,
+    license: str | None = None,
+) -> str:
+    """The card that `write_trajectory_card` writes, with the same arguments.
+
+    Args:
+        folder: See there, as all that follow.
+        name: See there.
+        location: See there.
+        licences: See there.
+        license: See there.
+
+    Raises:
+        ValueError: See there.
+    """
     folder = Path(folder)
     manifest = read_json(folder, "manifest.json", "a folder of trajectories")
     title = name or folder.resolve().name
-    path = folder / "README.md"
-    card = trajectory_card(manifest, name=title, location=location, licences=licences, license=license)
-    path.write_text(card, encoding="utf-8")
-    return path
+    return trajectory_card(manifest, name=title, location=location, licences=licences, license=license)
 
 
 def _task_table(runs: list[Mapping[str, Any]], licences: Mapping[str, str]) -> str:

@@ -59,13 +59,25 @@ def test_adapter_card_says_what_it_is():
     assert "lohp_peft" not in snippet(card)
 
 
+@pytest.mark.parametrize(("peft_type", "tag"), [("LORA", "lora"), ("LOHP", "lora"), ("IA3", "ia3")])
+def test_an_adapter_that_no_generation_recorded_is_described_without_one(peft_type, tag):
+    card = adapter_card({**CONFIG, "peft_type": peft_type}, name="me/x", has_head=True)
+    assert metadata(card)["tags"] == [tag]
+    assert f"A PEFT adapter (`{peft_type}`) for " in card
+    assert "How it was made is not recorded." in card
+    for claim in ("Lo-Hp", "policy", "forward-only", "few", "head.safetensors"):
+        assert claim not in card
+    assert ("import lohp_peft" in snippet(card)) == (peft_type == "LOHP")
+    ast.parse(snippet(card))
+
+
 def test_abstention_is_said():
     card = adapter_card(CONFIG, {"reason": "no candidate beat the base model"}, name="my-task")
     assert "**The generated adapter was not taken**, for this reason: no candidate beat the base model." in card
 
 
 def test_gradient_steps_are_said():
-    assert "forward-only: no gradient step" in adapter_card(CONFIG, PROVENANCE, name="my-task")
+    assert "forward-only: no gradient step is in it." in adapter_card(CONFIG, PROVENANCE, name="my-task")
     card = adapter_card(CONFIG, {**PROVENANCE, "gradient_steps": 4}, name="my-task")
     assert "then 4 gradient steps" in card
     assert "forward-only" not in card
@@ -82,7 +94,12 @@ def test_local_paths_stay_at_home(tmp_path):
 
 @pytest.mark.parametrize(
     ("task_type", "auto"),
-    [("SEQ_CLS", "AutoModelForSequenceClassification"), ("CAUSAL_LM", "AutoModelForCausalLM"), (None, "AutoModel")],
+    [
+        ("SEQ_CLS", "AutoModelForSequenceClassification"),
+        ("CAUSAL_LM", "AutoModelForCausalLM"),
+        ("QUESTION_ANS", "AutoModelForQuestionAnswering"),
+        (None, "AutoModel"),
+    ],
 )
 def test_snippet_without_head(task_type, auto):
     code = snippet(adapter_card({**CONFIG, "task_type": task_type}, PROVENANCE, name="me/my-task"))
@@ -144,6 +161,16 @@ def test_policy_card():
 def test_card_of_no_trajectories(tmp_path):
     with pytest.raises(ValueError, match=r"manifest\.json"):
         write_trajectory_card(tmp_path)
+
+
+def test_only_the_hub_has_commits(tmp_path):
+    manifest = {"base_model_name": BASE, "base_fingerprint": "5", "space_kind": "core", "space_r": 8}
+    manifest |= {"layout": {"modules": []}, "metadata": {}, "shards": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    card = write_trajectory_card(tmp_path, name="runs").read_text()
+    assert 'from_pretrained("runs", base_model' in card
+    card = write_trajectory_card(tmp_path, name="runs", location="me/runs").read_text()
+    assert 'from_pretrained("me/runs@<commit hash>", base_model' in card
 
 
 def test_policy_card_from_its_folder(tmp_path):

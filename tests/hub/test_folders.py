@@ -26,11 +26,19 @@ def adapter(tmp_path):
     return folder
 
 
-def test_dry_run_sends_and_writes_nothing(adapter, hub):
+@pytest.mark.parametrize("card", [None, "# Model Card for Model ID", "---\nbase_model: a/b\ntags: [x]\n---\n# Mine"])
+def test_dry_run_sends_and_writes_nothing(adapter, hub, card):
+    """It also lists the card that would be written."""
+    if card is not None:
+        (adapter / "README.md").write_text(card)
+    before = {path: path.read_bytes() for path in adapter.iterdir()}
     report = push_folder(adapter, "me/my-task", dry_run=True)
     assert hub.requests == []
     assert report.commit is None
-    assert sorted(path.name for path in adapter.iterdir()) == sorted(report.files)
+    assert {path: path.read_bytes() for path in adapter.iterdir()} == before
+    assert list(report.files) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert report.files == push_folder(adapter, "me/my-task").files
+    assert ("# my-task" in (adapter / "README.md").read_text()) == ("Mine" not in (card or ""))
 
 
 def test_resume_state_is_left_out(tmp_path, hub):
@@ -188,16 +196,20 @@ def test_find_policy(tmp_path):
     assert find_policy(tmp_path) == tmp_path
     with pytest.raises(ValueError, match="none of"):
         find_policy(str(tmp_path / "missing"))
-    with pytest.raises(ValueError, match="40 hexadecimal digits"):
+    with pytest.raises(ValueError, match="'me/policy' is none of: .* an existing folder, .* 40 hexadecimal digits"):
         find_policy("me/policy")
+    with pytest.raises(ValueError, match="`revision` of me/policy must be .* 40 hexadecimal digits, got 'main'"):
+        find_policy("me/policy@main")
 
 
 def test_find_trajectories(tmp_path):
     assert find_trajectories(tmp_path) == tmp_path
     with pytest.raises(ValueError, match=r"neither an existing folder nor owner/name@commit"):
         find_trajectories(str(tmp_path / "missing"))
-    with pytest.raises(ValueError, match="40 hexadecimal digits"):
+    with pytest.raises(ValueError, match="'me/runs' are neither an existing folder nor owner.* 40 hexadecimal digits"):
         find_trajectories("me/runs")
+    with pytest.raises(ValueError, match="`revision` of me/runs must be .* 40 hexadecimal digits, got 'main'"):
+        find_trajectories("me/runs@main")
     with pytest.raises(ValueError, match="records no `base_fingerprint`"):
         find_trajectories(tmp_path, base_model=torch.nn.Linear(1, 1))
 
