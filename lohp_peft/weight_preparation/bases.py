@@ -18,7 +18,7 @@ from lohp_peft.tasks.task import Task
 from lohp_peft.trajectories import TrajectoryDataset
 from lohp_peft.trajectories.manifest import MANIFEST_NAME
 from lohp_peft.weight_preparation.config import WeightPreparationConfig
-from lohp_peft.weight_preparation.plan import select_all_rows
+from lohp_peft.weight_preparation.plan import check_same_space, select_all_rows
 from lohp_peft.weight_preparation.rows import keyed_generator
 from lohp_peft.weight_preparation.scoring import query_loss
 
@@ -74,15 +74,9 @@ def gradient_space(
 
 
 def _recorded_space(folder: Path, layout: AdapterLayout, r: int) -> CoreSpace:
-    space = TrajectoryDataset.open(folder, on_damage="skip").space
-    found, wanted = (space.kind, space.r, space.layout.to_dict()), (CoreSpace.kind, r, layout.to_dict())
-    if not isinstance(space, CoreSpace) or found != wanted:
-        raise ValueError(
-            f"{folder} holds trajectories of another weight space: (kind, rank) {found[:2]}, asked for {wanted[:2]}; modules "
-            f"{[spec.name for spec in space.layout.modules]}, asked for {[spec.name for spec in layout.modules]}. "
-            "Choose another folder, or the same settings."
-        )
-    return space
+    dataset = TrajectoryDataset.open(folder, on_damage="skip")
+    check_same_space(dataset, CoreSpace.kind, r, layout)
+    return cast(CoreSpace, dataset.space)
 
 
 def first_gradients(

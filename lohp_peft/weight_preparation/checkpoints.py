@@ -82,7 +82,7 @@ def checkpoint_space(
         runs: From `find_runs`.
         base_model: The base model.
         kind: `"core"`, or `"lora_b"`, which is exact where all runs share a frozen `lora_A` of rank `r`.
-        r: Rank; the runs' highest by default.
+        r: Rank; by default the runs' highest, at most the smallest side of a module.
 
     Raises:
         ValueError: When `kind` is unknown, or the rank exceeds the smaller side of a module.
@@ -90,8 +90,10 @@ def checkpoint_space(
     spaces: dict[str, type[CoreSpace] | type[LoraBSpace]] = {CoreSpace.kind: CoreSpace, LoraBSpace.kind: LoraBSpace}
     if kind not in spaces:
         raise ValueError(f"`kind` of a weight space must be one of {sorted(spaces)}, got {kind!r}.")
-    adapters = (adapter for run in runs for _, adapter in run.adapters())
-    return spaces[kind].from_trajectories(_layout(runs, base_model), r or max(run.r for run in runs), adapters)
+    layout = _layout(runs, base_model)
+    if r is None:
+        r = min(max(run.r for run in runs), *(min(spec.d_in, spec.d_out) for spec in layout.modules))
+    return spaces[kind].from_trajectories(layout, r, (adapter for run in runs for _, adapter in run.adapters()))
 
 
 def _read_run(task: str, folder: Path, base_model: nn.Module) -> CheckpointRun:

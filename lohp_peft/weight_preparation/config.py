@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from lohp_peft.fields import document_fields
 from lohp_peft.tasks.heads import HEADS
-from lohp_peft.weight_preparation.optimizers import hyperparameters
+from lohp_peft.weight_preparation.optimizers import build_optimizer, hyperparameters
 
 
 @document_fields
@@ -72,10 +74,16 @@ class WeightPreparationConfig:
         if unused:
             problems.append(f"`hyperparameters` are given for {unused}, which are not among {list(self.optimizers)}")
         for name in self.optimizers:
+            given = self.hyperparameters.get(name) or {}
             try:
-                hyperparameters(name, self.hyperparameters.get(name))
+                hyperparameters(name, given)
             except ValueError as error:
-                problems.append(str(error))
+                problems.append(str(error).rstrip("."))
+                continue
+            try:
+                build_optimizer(name, [torch.zeros(1, requires_grad=True)], **given)
+            except (TypeError, ValueError) as error:
+                problems.append(f"optimizer {name!r} cannot be built with {dict(given)}: {error}")
         if problems:
             raise ValueError("Weight preparation: " + "; ".join(problems) + ".")
 

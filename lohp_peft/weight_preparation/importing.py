@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lohp_peft.adapters.layout import AdapterLayout, base_model_fingerprint
-from lohp_peft.adapters.space import Adapter, LoraBSpace, WeightSpace
+from lohp_peft.adapters.space import Adapter, WeightSpace
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
 from lohp_peft.tasks.task import Task
 from lohp_peft.trajectories import Trajectory, TrajectoryDataset
@@ -31,7 +31,7 @@ from lohp_peft.weight_preparation.scoring import query_logits, score_trajectory
 MIN_ENERGY, MIN_GAIN = 0.0, 0.5
 """Ours: measured, 41 % of the energy held 75 % of the loss improvement, and 3 % of it, in bases of gradients, held 45 %."""
 SCORING = ("rows_per_class", "rows_per_task", "score_shots", "score_query_rows", "split", "head")
-"""Settings that choose the rows and the head of a score."""
+"""Settings that choose the rows and the head of a score; an import uses and keeps no others."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def import_runs(
         encoder: Encoder of the base model in the weight space of the import: that of an existing dataset or policy, or
             `checkpoint_space`.
         output_dir: Folder of the dataset; made when the first run is accepted.
-        config: Which rows and which head score a state; `None` is what an existing dataset was scored with. Its
-            `split` should be one that the runs were not trained on.
+        config: Which rows and which head score a state (`SCORING`; what else it says is not used); `None` is what an
+            existing dataset was scored with. Its `split` should be one that the runs were not trained on.
         optimizer: Name of the runs' optimizer.
         min_energy: Share in 0..1.
         min_gain: Share in 0..1.
@@ -181,7 +181,7 @@ def _create(folder: Path, encoder: TextEncoder, config: WeightPreparationConfig)
         space=encoder.space,
         base_fingerprint=base_model_fingerprint(encoder.base_model),
         base_model_name=getattr(getattr(encoder.base_model, "config", None), "_name_or_path", ""),
-        metadata={METADATA_KEY: config.to_dict(), READING_KEY: encoder.reading},
+        metadata={METADATA_KEY: {name: getattr(config, name) for name in SCORING}, READING_KEY: encoder.reading},
     )
 
 
@@ -255,10 +255,21 @@ def _score(
 
 @torch.no_grad()
 def _exact_loss(adapter: Adapter, encoder: TextEncoder, encoded: EncodedTexts, batch: Batch, head: str) -> Tensor:
-    """Loss of an adapter in nats, in a weight space of its own that holds all of it."""
-    r = max(len(a) for a, _ in adapter.values())
+    """Loss of an adapter in nats, as it was saved."""
     layout = AdapterLayout(tuple(spec for spec in encoder.space.layout.modules if spec.name in adapter))
     own = copy(encoder)
-    own.space = LoraBSpace.from_trajectories(layout, r, [adapter])
-    logits = query_logits(own, encoded, batch, own.space.encode(adapter).state.float(), head).cpu()
+    own.space = cast(WeightSpace, _AsSaved(layout, adapter))
+    logits = query_logits(own, encoded, batch, torch.zeros(len(layout.modules), 1), head).cpu()
     return cross_entropy(logits, batch.query_labels).float()
+
+
+@dataclass(frozen=True)
+class _AsSaved:
+    """An adapter in the place of a weight space, each module with a rank of its own; its one state is not read."""
+
+    layout: AdapterLayout
+    adapter: Adapter
+
+    def apply(self, index: int, x: Tensor, states: Tensor, owner: Tensor | None = None) -> Tensor:
+        a, b = self.adapter[self.layout.modules[index].name]
+        return x @ a.to(x).T @ b.to(x).T

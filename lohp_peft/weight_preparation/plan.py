@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
 from lohp_peft.tasks.task import Task
 from lohp_peft.trajectories import TrajectoryDataset
@@ -87,12 +88,13 @@ def plan_preparation(
 
     Raises:
         ValueError: Listing every task that cannot be recorded, or every setting in which the existing dataset was
-            recorded differently.
+            recorded differently; when its weight space has another kind or rank or other modules.
     """
     select_all_rows(tasks, config)
     recorded: set[str] = set()
     if output_dir is not None and (Path(output_dir) / MANIFEST_NAME).exists():
         dataset = TrajectoryDataset.open(output_dir, on_damage="skip")
+        check_same_space(dataset, space.kind, space.r, space.layout)
         check_same_settings(dataset, config)
         recorded = set(dataset.keys())
     pending = tuple(task.name for task in tasks if task.name not in recorded)
@@ -132,6 +134,22 @@ def select_all_rows(tasks: Sequence[Task], config: WeightPreparationConfig) -> d
     if problems:
         raise ValueError("Cannot prepare trajectories: " + "; ".join(problems) + ".")
     return chosen
+
+
+def check_same_space(dataset: TrajectoryDataset, kind: str, r: int, layout: AdapterLayout) -> None:
+    """Make sure that the weight space of an existing dataset has this kind, rank and layout; its bases may be its own.
+
+    Raises:
+        ValueError: Naming both sides.
+    """
+    space = dataset.space
+    found, wanted = (space.kind, space.r, space.layout.to_dict()), (kind, r, layout.to_dict())
+    if found != wanted:
+        raise ValueError(
+            f"{dataset.folder} holds trajectories of another weight space: (kind, rank) {found[:2]}, asked for {wanted[:2]}; "
+            f"modules {[spec.name for spec in space.layout.modules]}, asked for {[spec.name for spec in layout.modules]}. "
+            "Choose another folder, or the same settings."
+        )
 
 
 def check_same_settings(dataset: TrajectoryDataset, config: WeightPreparationConfig) -> None:

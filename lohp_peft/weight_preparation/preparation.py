@@ -113,7 +113,7 @@ def prepare_trajectories(
     reports = gather_object(reports)
     if process.is_main_process:
         console.print(_summary(reports, len(tasks) - len(pending)))
-    return TrajectoryDataset.open(output_dir)
+    return TrajectoryDataset.open(output_dir, on_damage="skip")  # of tasks that were not asked for
 
 
 def record_run(

@@ -1,20 +1,23 @@
 """Record the adapter's trajectory during anybody's `Trainer` run."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lohp_peft.adapters.layout import base_model_fingerprint
-from lohp_peft.adapters.space import CoreSpace, WeightSpace
+from lohp_peft.adapters.layout import AdapterLayout, base_model_fingerprint
+from lohp_peft.adapters.sketch import unit_updates
+from lohp_peft.adapters.space import Adapter, CoreSpace, WeightSpace
 from lohp_peft.trajectories import Trajectory, TrajectoryDataset
-from lohp_peft.trajectories.manifest import MANIFEST_NAME
+from lohp_peft.trajectories.manifest import MANIFEST_NAME, Manifest
 from lohp_peft.weight_preparation.snapshots import LiveAdapter, SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -24,13 +27,9 @@ LOW_ENERGY = 0.9
 LOSS_KEY = "eval_loss"
 NOT_METRICS = ("step", "epoch", "total_flos")
 NOT_METRIC_ENDINGS = ("_runtime", "_per_second")
-ARGUMENTS = (
-    "learning_rate",
+OPTIMIZER_ARGUMENTS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+RUN_ARGUMENTS = (
     "lr_scheduler_type",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
     "max_grad_norm",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -84,11 +83,11 @@ class TrajectoryRecorder(TrainerCallback):
         record_every: Optimizer steps between recorded states.
         space: Weight space of the recording. `None` takes that of an existing dataset, or else core bases from a joint
             singular value decomposition of this run's own updates.
-        r: Rank of such bases; `None` is the rank of the adapter.
+        r: Rank of such bases; `None` is the rank of the adapter, at most the smallest side of a module.
         key: Key in the dataset, numbered when it is taken; `None` is task, optimizer and seed.
 
     Raises:
-        ValueError: When `record_every` is below 1.
+        ValueError: When `record_every` or `r` is below 1, or both `space` and `r` are given.
     """
 
     def __init__(
@@ -103,6 +102,8 @@ class TrajectoryRecorder(TrainerCallback):
     ) -> None:
         if record_every < 1:
             raise ValueError(f"`record_every` must be at least 1 optimizer step, got {record_every}.")
+        if r is not None and r < 1:
+            raise ValueError(f"The rank `r` of the bases must be at least 1, got {r}; leave it out for the adapter's.")
         if space is not None and r is not None:
             raise ValueError(f"Give `space` or the rank `r` of bases from the run itself, not both (got r={r}).")
         self.dataset_dir, self.task, self.record_every, self.r, self.key = (
@@ -118,23 +119,35 @@ class TrajectoryRecorder(TrainerCallback):
         self._snapshots: dict[int, Tensor] = {}
         self._flushed: set[int] = set()
         self._fingerprint = ""
+        self._optimizer: tuple[str, dict[str, Any]] = "", {}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Check that the run can be recorded, so that nothing fails after hours, and take the first snapshot."""
         if not state.is_world_process_zero:
             return
         model = extract_model_from_parallel(model)
         adapter = LiveAdapter(model)
-        self._fingerprint = base_model_fingerprint(model)
-        dataset = self._existing_dataset()
-        space = self.space
-        if dataset is not None:
-            space = space or dataset.space
-            dataset.check_matches(space=space, base_fingerprint=self._fingerprint)
-        if space is not None:
-            _check_modules(space, adapter)
+        self._fingerprint, self._optimizer = base_model_fingerprint(model), _optimizer_of(args, optimizer)
+        if (self.dataset_dir / MANIFEST_NAME).exists():
+            self._check(TrajectoryDataset.open(self.dataset_dir), adapter)
+        elif self.space is not None:
+            _check_modules(self.space, adapter)
+        else:
+            self._rank(adapter)
+        outside = [spec.name for spec in adapter.layout.modules if spec.layer < 0]
+        if outside:
+            logger.warning(
+                f"{', '.join(outside)} lie outside the layers of the base model. Policy learning refuses a dataset with "
+                "modules that do not read every token of a text, as poolers and heads; leave such out of `target_modules`."
+            )
         store, self._snapshots = self._store(args), {}
         if state.global_step == 0:
             store.clear()
@@ -146,7 +159,9 @@ class TrajectoryRecorder(TrainerCallback):
                 )
         self._flushed = set(self._snapshots)
         self._adapter = adapter
-        if not self._snapshots:
+        # A run that was killed between writing a checkpoint and `on_save` has lost the state of the checkpoint.
+        evaluated = any(LOSS_KEY in entry and entry.get("step") == state.global_step for entry in state.log_history)
+        if not self._snapshots or evaluated or state.global_step % self.record_every == 0:
             self._take(state)
 
     def on_step_end(
@@ -176,7 +191,7 @@ class TrajectoryRecorder(TrainerCallback):
             self._take(state)
         self._flush(args)
         adapters = {step: self._adapter.adapter(values) for step, values in sorted(self._snapshots.items())}
-        dataset = self._dataset(list(adapters.values()), extract_model_from_parallel(model))
+        dataset = self._dataset(self._adapter, list(adapters.values()), extract_model_from_parallel(model))
         encoded = [dataset.space.encode(adapter) for adapter in adapters.values()]
         steps = list(adapters)
         series = _logged_series(state, steps)
@@ -186,12 +201,11 @@ class TrajectoryRecorder(TrainerCallback):
             losses=series.pop(LOSS_KEY, torch.full((len(steps),), float("nan"))),
             metrics=series,
             task=self.task,
-            optimizer=getattr(args.optim, "value", str(args.optim)),
-            hyperparameters={name: _plain(getattr(args, name)) for name in ARGUMENTS},
+            optimizer=self._optimizer[0],
+            hyperparameters=self._optimizer[1],
             seed=args.seed,
         )
-        key = self._free_key(dataset, trajectory)
-        dataset.append(key, [trajectory])
+        key = self._append(dataset, trajectory)
         self.report = _report(key, dataset, encoded[-1].energy_kept, adapters[steps[-1]], len(steps))
         if not trajectory.losses[[0, -1]].isfinite().all():
             logger.warning(
@@ -219,35 +233,103 @@ class TrajectoryRecorder(TrainerCallback):
             self._store(args).flush(new, follows=follows, signature=self._adapter.signature())
             self._flushed |= set(new)
 
-    def _existing_dataset(self) -> TrajectoryDataset | None:
-        if not (self.dataset_dir / MANIFEST_NAME).exists():
-            return None
-        return TrajectoryDataset.open(self.dataset_dir)
+    def _check(self, dataset: TrajectoryDataset, adapter: LiveAdapter) -> None:
+        """Raise unless the run can be recorded into an existing dataset."""
+        space = self.space or dataset.space
+        dataset.check_matches(space=space, base_fingerprint=self._fingerprint)
+        _check_modules(space, adapter)
 
-    def _dataset(self, adapters: list[dict[str, tuple[Tensor, Tensor]]], model: nn.Module) -> TrajectoryDataset:
-        existing = self._existing_dataset()
-        if existing is not None:
-            return existing
-        if self._adapter is None:
-            raise RuntimeError("The recorder has no adapter: training has not begun.")
-        space = self.space or CoreSpace.from_trajectories(self._adapter.layout, self.r or self._adapter.rank, adapters)
-        return TrajectoryDataset.create(
-            self.dataset_dir,
-            space=space,
-            base_fingerprint=self._fingerprint,
-            base_model_name=getattr(getattr(model, "config", None), "_name_or_path", ""),
-            metadata={"recorded_by": type(self).__name__},
-        )
+    def _rank(self, adapter: LiveAdapter) -> int:
+        """The rank of bases from the run itself."""
+        sides = {spec.name: min(spec.d_in, spec.d_out) for spec in adapter.layout.modules}
+        most = min(sides.values())
+        if self.r is not None and self.r > most:
+            narrow = [name for name, side in sides.items() if side < self.r]
+            raise ValueError(
+                f"The rank `r` of the bases must be at most the smallest side of a module, here {most}, got {self.r}, which "
+                f"exceeds {', '.join(narrow)}."
+            )
+        return min(adapter.rank, most) if self.r is None else self.r
+
+    def _dataset(self, live: LiveAdapter, adapters: list[Adapter], model: nn.Module) -> TrajectoryDataset:
+        """The dataset of the recording, checked: another process may have made one during training."""
+        if not (self.dataset_dir / MANIFEST_NAME).exists():
+            space = self.space or _own_space(live.layout, self._rank(live), adapters)
+            try:
+                return TrajectoryDataset.create(
+                    self.dataset_dir,
+                    space=space,
+                    base_fingerprint=self._fingerprint,
+                    base_model_name=getattr(getattr(model, "config", None), "_name_or_path", ""),
+                    metadata={"recorded_by": type(self).__name__},
+                )
+            except FileExistsError:
+                logger.info(f"{self.dataset_dir} was made by another recording meanwhile; this one is added to it.")
+        dataset = TrajectoryDataset.open(self.dataset_dir, on_damage="skip")  # nobody else's damage loses this run
+        try:
+            self._check(dataset, live)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} It appeared during training. The snapshots of this run are kept: resume it from its last "
+                "checkpoint with a recorder of another `dataset_dir`."
+            ) from error
+        return dataset
+
+    def _append(self, dataset: TrajectoryDataset, trajectory: Trajectory) -> str:
+        """Append under the first free key, which another process may take meanwhile, and return it."""
+        while True:
+            key = self._free_key(dataset, trajectory)
+            try:
+                dataset.append(key, [trajectory])
+                return key
+            except ValueError:
+                current = Manifest.read(dataset.folder)
+                if key not in current.shards or current.dataset_id != dataset.manifest.dataset_id:
+                    raise
+                dataset.manifest = current
 
     def _free_key(self, dataset: TrajectoryDataset, trajectory: Trajectory) -> str:
         wanted = self.key or f"{self.task}-{trajectory.optimizer}-{trajectory.seed}"
         key, number = wanted, 1
-        while key in dataset.keys():
+        while key in dataset.manifest.shards:
             number += 1
             key = f"{wanted}-{number}"
         if key != wanted:
             logger.warning(f"{dataset.folder} already has a recording {wanted!r}; this one is {key!r}.")
         return key
+
+
+def _own_space(layout: AdapterLayout, r: int, adapters: list[Adapter]) -> CoreSpace:
+    """Core bases from the run's own updates; random ones for modules that have none, as in `LoraBSpace`."""
+    updated = {name for name, _, _ in unit_updates(adapters)}
+    generator = torch.Generator().manual_seed(0)
+    idle = {
+        spec.name: (
+            torch.randn(r, spec.d_in, generator=generator),
+            torch.randn(spec.d_out, r, generator=generator),
+        )
+        for spec in layout.modules
+        if spec.name not in updated
+    }
+    return CoreSpace.from_trajectories(layout, r, [*adapters, idle])
+
+
+def _optimizer_of(args: TrainingArguments, optimizer: Any) -> tuple[str, dict[str, Any]]:
+    """Name and hyper-parameters of the optimizer: from the arguments, or its own where the Trainer was given it."""
+    name = str(getattr(args.optim, "value", args.optim))
+    run = {key: getattr(args, key) for key in RUN_ARGUMENTS}
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    if optimizer is not None and not type(optimizer).__module__.startswith("deepspeed"):  # which wraps once more
+        group = optimizer.param_groups[0]
+        kind = type(optimizer).__name__.lower()
+        rate = group.get("initial_lr", group.get("lr"))  # warm-up has moved `lr`
+        named = kind in (name.replace("_", ""), *name.split("_"))  # GaLoreAdamW of galore_adamw, AdamW of adamw_torch
+        same = rate == args.learning_rate and group.get("weight_decay", args.weight_decay) == args.weight_decay
+        if not (named and same):
+            own = {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+            return kind, _plain({"learning_rate": rate, **own, **run})
+    return name, _plain({**{key: getattr(args, key) for key in OPTIMIZER_ARGUMENTS}, **run})
 
 
 def _logged_series(state: TrainerState, steps: list[int]) -> dict[str, Tensor]:
@@ -289,6 +371,12 @@ def _check_modules(space: WeightSpace, adapter: LiveAdapter) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return (
-        value if isinstance(value, bool | int | float | str) or value is None else str(getattr(value, "value", value))
-    )
+    """A value as JSON holds it; what JSON cannot, as text."""
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else getattr(value, "value", value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, bool | int | float | str) or value is None else str(value)

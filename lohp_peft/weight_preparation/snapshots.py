@@ -43,6 +43,8 @@ class LiveAdapter:
         problems = []
         if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
             problems.append(f"init_lora_weights={init!r} changes the base weights, so B @ A is not the whole update")
+        if getattr(config, "bias", "none") != "none":
+            problems.append(f"bias={config.bias!r} trains biases, which B @ A does not hold")
         self._modules: list[_LiveModule] = []
         base_model = model.get_base_model()
         prefix = f"{getattr(base_model, 'base_model_prefix', '')}."

@@ -77,7 +77,7 @@ def lora_model(**changes):
     return get_peft_model(build_base_model(), LoraConfig(**values))
 
 
-def train(folder, recorder, *, model=None, callbacks=(), resume=None, **changes):
+def train(folder, recorder, *, model=None, callbacks=(), resume=None, optimizer=None, **changes):
     values = {
         "output_dir": str(folder),
         "max_steps": 12,
@@ -95,6 +95,7 @@ def train(folder, recorder, *, model=None, callbacks=(), resume=None, **changes)
     }
     model = model or lora_model()
     args = TrainingArguments(**values)
-    trainer = ToyTrainer(model, args, train_dataset=rows(), eval_dataset=rows(8), callbacks=[recorder, *callbacks])
+    data = {"train_dataset": rows(), "eval_dataset": rows(8)}
+    trainer = ToyTrainer(model, args, callbacks=[recorder, *callbacks], optimizers=(optimizer, None), **data)
     trainer.train(resume_from_checkpoint=resume)
     return model

@@ -29,6 +29,16 @@ def test_all_problems_are_listed():
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("adamw", {"lr": "1e-3"}), ("adamw", {"betas": 0.9}), ("sgd", {"momentum": -1}), ("sam", {"rho": -0.1})],
+)
+def test_hyperparameters_that_build_no_optimizer_are_named(name, given):
+    """Before any work: a run would fail when the dataset is there, with these settings written into it."""
+    with pytest.raises(ValueError, match=rf"optimizer '{name}' cannot be built with {{'{next(iter(given))}': "):
+        WeightPreparationConfig(optimizers=(name,), hyperparameters={name: given})
+
+
 @pytest.mark.parametrize(("steps", "every", "states"), [(10, 5, 3), (11, 5, 4), (1, 1, 2), (9, 5, 3)])
 def test_states_per_run_counts_start_and_end(steps, every, states):
     assert WeightPreparationConfig(optimizer_steps=steps, record_every=every).states_per_run == states

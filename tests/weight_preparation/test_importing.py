@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from lohp_peft.adapters.importing import read_plain_lora
 from lohp_peft.adapters.layout import AdapterLayout, base_model_fingerprint
 from lohp_peft.adapters.space import CoreSpace, LoraBSpace
+from lohp_peft.cards import write_trajectory_card
 from lohp_peft.policy_learning import train_policy
 from lohp_peft.tasks import TextEncoder
 from lohp_peft.trajectories import TrajectoryDataset
@@ -65,8 +66,9 @@ def save_run(folder, adapters):
     for step, adapter in adapters.items():
         path = folder / f"checkpoint-{step}"
         path.mkdir(parents=True)
-        r = len(next(iter(adapter.values()))[0])
-        (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": r, "lora_alpha": r}))
+        ranks = {name: len(a) for name, (a, _) in adapter.items()}
+        config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "rank_pattern": ranks, "alpha_pattern": ranks}
+        (path / "adapter_config.json").write_text(json.dumps(config))
         keys = {
             f"base_model.model.{n}.lora_{side}.weight": x
             for n, ab in adapter.items()
@@ -187,6 +189,41 @@ def test_a_run_that_loses_its_improvement_is_refused(tmp_path, encoder, tasks, t
     assert report.refused is None
     assert report.gain_kept == pytest.approx(1, abs=1e-3)
     assert replace(report, exact_losses=[1.0, 1.1], losses=[1.0, 0.9]).gain_kept is None
+
+
+def test_of_the_settings_only_those_of_the_scores_are_kept(tmp_path, foreign, tasks, tokenizer):
+    """The others say how runs are to be trained, which these were not."""
+    runs = find_runs(foreign, build_base_model())
+    encoder = encoder_in(checkpoint_space(runs, build_base_model(), "core", 8), tokenizer)
+    options = {"min_gain": 0, "console": QUIET}
+    import_runs(runs[:1], tasks, encoder, tmp_path, replace(SCORING, optimizer_steps=7), **options)
+    kept = TrajectoryDataset.open(tmp_path).manifest.metadata["weight_preparation"]
+    names = {"rows_per_class", "rows_per_task", "score_shots", "score_query_rows", "split", "head"}
+    assert kept == {name: getattr(SCORING, name) for name in names}
+    assert "optimizer_steps" not in write_trajectory_card(tmp_path).read_text()
+    reports = import_runs(runs, tasks, encoder, tmp_path, replace(SCORING, optimizer_steps=8), **options)
+    assert [report.imported_before for report in reports] == [True, False]
+
+
+def test_modules_may_have_ranks_of_their_own(tmp_path, tasks, tokenizer):
+    """The highest rank is more than the narrowest module has."""
+    base = build_base_model()
+    base.encoder.layer[0].intermediate.dense = torch.nn.Linear(16, 4)
+    base.encoder.layer[0].output.dense = torch.nn.Linear(4, 16)
+    names = {"encoder.layer.0.attention.self.query": (16, 16, 8), "encoder.layer.0.output.dense": (16, 4, 2)}
+    torch.manual_seed(0)
+    adapter = {name: (torch.randn(r, d_in), 0.1 * torch.randn(d_out, r)) for name, (d_out, d_in, r) in names.items()}
+    save_run(tmp_path / "run", {5: adapter})
+    runs = find_runs([("spam", tmp_path / "run")], base)
+    encoder = TextEncoder(base, tokenizer, checkpoint_space(runs, base))
+    assert encoder.space.r == 4
+    (report,) = import_runs(runs, tasks, encoder, tmp_path / "out", SCORING, min_gain=0, console=QUIET)
+    for name, (a, b) in adapter.items():
+        base.get_submodule(name).weight.data += b @ a
+    rows = select_rows(tasks[0], SCORING)
+    encoded = encoder.prepare(rows.examples.texts)
+    merged = query_loss(encoder, encoded, rows.score, torch.zeros(encoder.space.shape), SCORING.head)
+    assert report.exact_losses[-1] == pytest.approx(merged.item(), abs=1e-4)
 
 
 def test_an_import_is_continued_and_added_to(tmp_path, foreign, tasks, tokenizer):

@@ -6,6 +6,7 @@ from accelerate import PartialState
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 
+from lohp_peft.adapters.space import LoraBSpace
 from lohp_peft.tasks.encoder import TextEncoder
 from lohp_peft.tasks.fingerprint import tokenizer_fingerprint
 from lohp_peft.tasks.heads import solve_head
@@ -94,6 +95,23 @@ def test_a_damaged_shard_is_recorded_again(tasks, encoder, tmp_path, config, qui
     with pytest.warns(UserWarning, match="'spam'"):
         again = prepare_trajectories(tasks, encoder, tmp_path / "out", config, console=quiet)
     _same(whole, list(again))
+
+
+def test_a_damaged_shard_of_another_task_loses_nothing(tasks, encoder, tmp_path, config, quiet):
+    dataset = prepare_trajectories(tasks[:1], encoder, tmp_path / "out", config, console=quiet)
+    path = dataset.folder / dataset.manifest.shards["spam"].file
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="'spam'"):
+        dataset = prepare_trajectories(tasks[1:], encoder, tmp_path / "out", config, console=quiet)
+    assert dataset.keys() == ["mood"]
+
+
+def test_another_weight_space_is_found_by_the_plan(tasks, encoder, tmp_path, config, quiet):
+    prepare_trajectories(tasks[:1], encoder, tmp_path / "out", config, console=quiet)
+    layout = encoder.space.layout
+    assert plan_preparation(tasks, LoraBSpace.seeded(layout, 2, seed=1), config, tmp_path / "out").runs == 4
+    with pytest.raises(ValueError, match=r"another weight space: .* \('lora_b', 2\), asked for \('lora_b', 4\)"):
+        plan_preparation(tasks, LoraBSpace.seeded(layout, 4), config, tmp_path / "out")
 
 
 def test_other_settings_cannot_be_mixed(tasks, encoder, tmp_path, config, quiet):

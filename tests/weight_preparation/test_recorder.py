@@ -186,6 +186,141 @@ def test_training_is_not_disturbed(tmp_path):
         assert torch.equal(with_recorder.state_dict()[name], values)
 
 
+def test_an_optimizer_given_to_the_trainer_is_recorded_as_it_is(tmp_path):
+    model = lora_model()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    given = torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+    recorder = TrajectoryRecorder(tmp_path / "rec", "toy")
+    train(tmp_path / "run", recorder, model=model, optimizer=given, max_steps=2, warmup_steps=1)
+    run = recorded(tmp_path / "rec", "toy-sgd-3")
+    assert run.optimizer == "sgd"
+    wanted = {"learning_rate": 0.5, "momentum": 0.9, "nesterov": False, "lr_scheduler_type": "linear"}
+    assert wanted.items() <= run.hyperparameters.items()
+    assert not {"adam_beta1", "params"} & run.hyperparameters.keys()
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor", "rmsprop"])
+def test_an_optimizer_of_the_arguments_is_known_by_their_name(tmp_path, optim):
+    train(tmp_path / "run", TrajectoryRecorder(tmp_path / "rec", "toy"), optim=optim, max_steps=1, weight_decay=0.1)
+    hyperparameters = recorded(tmp_path / "rec", f"toy-{optim}-3").hyperparameters
+    assert (hyperparameters["learning_rate"], hyperparameters["weight_decay"]) == (0.02, 0.1)
+
+
+def test_values_that_json_cannot_hold_are_recorded_as_text(tmp_path):
+    train(tmp_path / "run", TrajectoryRecorder(tmp_path / "rec", "toy"), max_grad_norm=float("inf"), max_steps=1)
+    assert recorded(tmp_path / "rec").hyperparameters["max_grad_norm"] == "inf"
+
+
+class Frozen(TrainerCallback):
+    """The query of the first layer stays as it began: its update is zero."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        model.get_submodule("base_model.model.encoder.layer.0.attention.self.query").requires_grad_(False)
+
+
+def test_a_module_without_an_update_has_bases_all_the_same(tmp_path):
+    recorder = TrajectoryRecorder(tmp_path / "rec", "toy", r=4)
+    model = train(tmp_path / "run", recorder, callbacks=[Frozen()])
+    deltas, space = final_update(model), TrajectoryDataset.open(tmp_path / "rec").space
+    idle = "encoder.layer.0.attention.self.query"
+    assert [name for name, delta in deltas.items() if not delta.any()] == [idle]
+    state = recorded(tmp_path / "rec").states[-1]
+    assert not space.delta_weight(state)[idle].any()
+    assert all(space.delta_weight(state)[name].any() for name in deltas if name != idle)
+
+
+def test_the_rank_of_the_bases_fits_the_narrowest_module(tmp_path):
+    model = lora_model(rank_pattern={"0.attention.self.query": 32})
+    train(tmp_path / "run", TrajectoryRecorder(tmp_path / "rec", "toy"), model=model, max_steps=2)
+    assert TrajectoryDataset.open(tmp_path / "rec").space.r == 16
+    message = "at most the smallest side of a module, here 16, got 64, which exceeds encoder.layer.0"
+    _fails_at_the_start(tmp_path / "new", None, message, r=64)
+
+
+class Appearing(TrainerCallback):
+    """Another recording makes the dataset during training."""
+
+    def __init__(self, folder, space, fingerprint):
+        self.made = {"folder": folder, "space": space, "base_fingerprint": fingerprint, "base_model_name": "other"}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            TrajectoryDataset.create(**self.made)
+
+
+def test_a_dataset_that_appears_during_training_is_checked(tmp_path):
+    base = build_base_model()
+    layout = AdapterLayout.from_model(base, ["query", "value"])
+    spaces = LoraBSpace.seeded(layout, 2), LoraBSpace.seeded(AdapterLayout.from_model(base, ["query"]), 2)
+    given, own = full_rank_space(base), base_model_fingerprint(base)
+    for space, made, fingerprint, message in (
+        (None, spaces[0], "0" * 64, "base model: recorded on 'other'"),
+        (given, spaces[0], own, "weight space: recorded 'lora_b' r=2, got 'core' r=16"),
+        (None, spaces[1], own, "value': adapter"),
+    ):
+        folder = tmp_path / message[:5]
+        recorder = TrajectoryRecorder(folder / "rec", "toy", space=space)
+        with pytest.raises(ValueError, match=message + ".*resume it from its last checkpoint"):
+            train(folder / "run", recorder, callbacks=[Appearing(folder / "rec", made, fingerprint)], max_steps=1)
+    recorder = TrajectoryRecorder(tmp_path / "rec", "toy")
+    train(tmp_path / "run", recorder, callbacks=[Appearing(tmp_path / "rec", given, own)], max_steps=1)
+    assert recorded(tmp_path / "rec").states.shape == (2, *given.shape)
+
+
+def test_recordings_that_end_together_share_a_dataset(tmp_path, monkeypatch):
+    """The other one makes the dataset after this one found none, and takes the key after this one found it free."""
+    folder, others = tmp_path / "rec", []
+    create, append = TrajectoryDataset.create, TrajectoryDataset.append
+
+    def created_before(*args, **kwargs):
+        if not others:
+            others.append(create(*args, **kwargs))
+        return create(*args, **kwargs)
+
+    def appended_before(self, key, trajectories):
+        if len(others) == 1:
+            others.append(append(TrajectoryDataset.open(folder), key, trajectories))
+        append(self, key, trajectories)
+
+    monkeypatch.setattr(TrajectoryDataset, "create", created_before)
+    monkeypatch.setattr(TrajectoryDataset, "append", appended_before)
+    train(tmp_path / "run", TrajectoryRecorder(folder, "toy"), max_steps=1)
+    assert TrajectoryDataset.open(folder).keys() == ["toy-adamw_torch_fused-3", "toy-adamw_torch_fused-3-2"]
+
+
+class KilledWhileSaving(TrainerCallback):
+    """Comes before the recorder: the checkpoint is there, its state is not yet written."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 8:
+            raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize("record_every", [4, 100])
+def test_the_state_of_a_checkpoint_is_taken_from_it_where_it_was_lost(tmp_path, record_every):
+    """It was due by its number, or as an evaluated one."""
+    options = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    space = full_rank_space(build_base_model())
+
+    def recorder(name):
+        return TrajectoryRecorder(tmp_path / name, "toy", record_every=record_every, space=space)
+
+    train(tmp_path / "whole", recorder("a"), **options)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path / "cut", KilledWhileSaving(), callbacks=[recorder("b")], **options)
+    train(tmp_path / "cut", recorder("b"), resume=str(tmp_path / "cut" / "checkpoint-8"), **options)
+    whole, continued = recorded(tmp_path / "a"), recorded(tmp_path / "b")
+    assert continued.optimizer_steps.tolist() == whole.optimizer_steps.tolist() == [0, 4, 8, 12]
+    torch.testing.assert_close(continued.states, whole.states, atol=1e-6, rtol=1e-5)
+
+
+def test_modules_outside_the_layers_are_warned_of(tmp_path, caplog):
+    for targets, warned in ((["query"], False), (["query", "pooler.dense"], True)):
+        recorder = TrajectoryRecorder(tmp_path / str(warned), "toy")
+        train(tmp_path / "run", recorder, model=lora_model(target_modules=targets), max_steps=1)
+        assert ("pooler.dense lie outside the layers" in caplog.text) == warned
+
+
 def _fails_at_the_start(tmp_path, model, message, error=ValueError, **options):
     recorder = TrajectoryRecorder(tmp_path / "rec", "toy", **options)
     with pytest.raises(error, match=message):
@@ -197,6 +332,7 @@ def _fails_at_the_start(tmp_path, model, message, error=ValueError, **options):
     [
         ({"use_dora": True}, r"(?s)layer\.0.*query.*uses the variant Dora.*layer\.1.*value"),
         ({"lora_bias": True}, "has a LoRA bias"),
+        ({"bias": "all"}, "bias='all' trains biases"),
         ({"init_lora_weights": "pissa"}, "changes the base weights"),
         ({"target_modules": ["word_embeddings"]}, "is a Embedding"),
     ],
@@ -236,6 +372,8 @@ def test_a_space_may_hold_more_modules_than_are_trained(tmp_path):
 def test_options_are_checked(tmp_path):
     with pytest.raises(ValueError, match="at least 1 optimizer step, got 0"):
         TrajectoryRecorder(tmp_path, "toy", record_every=0)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        TrajectoryRecorder(tmp_path, "toy", r=0)
     space = full_rank_space(build_base_model())
     with pytest.raises(ValueError, match="not both"):
         TrajectoryRecorder(tmp_path, "toy", space=space, r=2)
