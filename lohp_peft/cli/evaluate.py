@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lohp_peft.cli.resources import load_base_model, load_policy, load_tasks, write_json
+from lohp_peft.cli.resources import check_target, load_base_model, load_policy, load_tasks, write_json
 
 
 def evaluate(
@@ -26,13 +26,14 @@ def evaluate(
     """Score generated adapters on split test, beside no adapter, controls and AdamW."""
     from lohp_peft.evaluation import evaluate_tasks
 
+    check_target(json)
     tasks = load_tasks(task)
     model, tokenizer = load_base_model(base_model)
     results = evaluate_tasks(load_policy(policy), model, tokenizer, tasks, shots=shots, draws=draws, seed=seed)
+    if str(json) != "-":
+        show(results["tasks"])  # whatever becomes of the file
     if json is not None:
         write_json(results, json)
-    if str(json) != "-":
-        show(results["tasks"])
 
 
 def show(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:

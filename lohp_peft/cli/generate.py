@@ -16,7 +16,7 @@ def generate(
     output: Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist.")],
     policy: Annotated[str, typer.Option(help="`shipped`, a folder, or owner/name@commit.")] = "shipped",
     shots: Annotated[int, typer.Option(help="Examples per class, drawn from split train.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the draw and of the generation.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draw and of the generation.", show_default="0")] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="field=value of GenerationConfig; repeatable.")
     ] = None,
@@ -28,11 +28,12 @@ def generate(
     """
     from lohp_peft.generation import GenerationConfig, generate_adapter
 
-    config = read_config(GenerationConfig, None, ctx.args, [*(sets or ()), f"seed={seed}"])
+    given = [] if seed is None else [f"seed={seed}"]
+    config = read_config(GenerationConfig, None, ctx.args, [*(sets or ()), *given])
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"`--output` must be an empty or a new folder, got {output}, which has content.")
     (loaded,) = load_tasks([task])
-    support = loaded.draw_support(shots, seed)
+    support = loaded.draw_support(shots, config.seed)
     model, tokenizer = load_base_model(base_model)
     generated = generate_adapter(load_policy(policy), model, tokenizer, support, config)
     generated.save_pretrained(output)

@@ -1,5 +1,6 @@
 """`lohp-peft import-checkpoints`: trajectories out of training runs that were not recorded."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +63,8 @@ def import_checkpoints(
 
     given = config is not None or ctx.args or sets
     settings = read_config(WeightPreparationConfig, config, ctx.args, sets or ()) if given else None
+    if settings is not None:
+        _refuse_unused(settings)
     tasks, folders = _tasks_and_folders(run)
     model, tokenizer = load_base_model(base_model)
     runs = find_runs(folders, model)
@@ -89,6 +92,23 @@ def import_checkpoints(
         )
 
 
+def _refuse_unused(settings) -> None:
+    """Raise where settings are given that say how to train: these runs are over."""
+    from lohp_peft.weight_preparation.importing import SCORING
+
+    default = type(settings)()
+    unused = [
+        f.name
+        for f in fields(settings)
+        if f.name not in SCORING and getattr(settings, f.name) != getattr(default, f.name)
+    ]
+    if unused:
+        raise ValueError(
+            f"An import trains nothing: of WeightPreparationConfig it uses {', '.join(SCORING)}; leave out "
+            f"{', '.join(unused)}."
+        )
+
+
 def _tasks_and_folders(entries: list[str]):
     """The tasks, each read once, and a task's name and a folder for every entry."""
     wrong = [entry for entry in entries if not all(entry.partition("="))]
@@ -109,10 +129,12 @@ def _space(runs, model, output: Path, space: str | None, r: int | None):
     from lohp_peft.trajectories.manifest import MANIFEST_NAME
     from lohp_peft.weight_preparation import checkpoint_space
 
-    kind, _, name = (space or "core").partition(":")
+    kind, colon, name = (space or "core").partition(":")
+    if colon and kind not in ("policy", "trajectories"):
+        raise ValueError(f"`--space` takes a name after policy: and trajectories: only, got {space!r}; see `--r`.")
     if (output / MANIFEST_NAME).exists() and not name:
         found = TrajectoryDataset.open(output, on_damage="skip").space
-        asked = {"kind": kind if space else found.kind, "r": r or found.r}
+        asked = {"kind": kind if space else found.kind, "r": found.r if r is None else r}
         if asked != {"kind": found.kind, "r": found.r}:
             raise ValueError(f"{output} holds trajectories of kind {found.kind!r}, r={found.r}; asked for {asked}.")
         return found

@@ -1,6 +1,7 @@
 """A configuration dataclass from a YAML file and command-line overrides."""
 
 import difflib
+import re
 import types
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -36,6 +37,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 raise ValueError(f"key {key!r} is repeated in line {key_node.start_mark.line + 1}")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, takes 1e-3 for text because it has no point.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read_config(
@@ -253,7 +260,7 @@ def _number(value: Any, kind: type) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise _Mismatch(f"must be {wanted}, got {value!r}")
     try:
-        number = float(value)  # YAML 1.1 reads 1e-4 as text
+        number = float(value)  # of a quoted number, too
     except (ValueError, OverflowError):
         raise _Mismatch(f"must be {wanted}, got {value!r}") from None
     if kind is float:

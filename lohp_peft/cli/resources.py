@@ -1,6 +1,7 @@
 """What the verbs read: base models, policies, tasks; and how they write JSON."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -130,6 +131,19 @@ def _details(file: Path) -> dict[str, str]:
     if not isinstance(about, dict):
         raise ValueError(f"{beside} must describe {file.name} by an object, got {type(about).__name__}.")
     return {key: str(about[key]) for key in ("family", "licence") if about.get(key)}
+
+
+def check_target(target: Path | None) -> None:
+    """Make sure, before work that takes long, that `write_json` can write its result to `target`.
+
+    Raises:
+        ValueError: When it is a folder, cannot be written, or lies below something that is no folder.
+    """
+    if target is None or str(target) == "-":
+        return
+    there = target if target.exists() else next(parent for parent in target.absolute().parents if parent.exists())
+    if there.is_dir() == (there is target) or not os.access(there, os.W_OK):
+        raise ValueError(f"`--json` must be a file that can be written, or `-`, got {target}.")
 
 
 def write_json(content: Any, target: Path | None = None) -> None:

@@ -38,8 +38,6 @@ def train(
 
     Every field of PolicyLearningConfig may be set as `--field value`.
     """
-    import torch
-
     from lohp_peft.policy_learning import PolicyLearningConfig, plan_training, train_policy
     from lohp_peft.tasks import TextEncoder
     from lohp_peft.trajectories import TrajectoryDataset
@@ -59,8 +57,7 @@ def train(
             Console().print(table)
         return
     model, tokenizer = load_base_model(base_model)
-    dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else None
-    encoder = TextEncoder(model, tokenizer, dataset.space, pooling=pooling, max_length=max_length, dtype=dtype)
+    encoder = TextEncoder(model, tokenizer, dataset.space, pooling=pooling, max_length=max_length)
     policy = train_policy(
         tasks,
         encoder,

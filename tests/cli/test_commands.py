@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
+from lohp_peft import policy_learning
 from lohp_peft.cli import evaluate as evaluate_verb
 from lohp_peft.cli import generate as generate_verb
 from lohp_peft.cli import resources
@@ -99,6 +100,29 @@ def test_evaluate(monkeypatch, loaded, task_file, tmp_path):
     assert json.loads(run(*line, "--json", "-").stdout) == RESULTS
 
 
+def test_the_target_of_an_evaluation_is_looked_at_first_and_its_table_is_shown_first(
+    monkeypatch, loaded, task_file, tmp_path
+):
+    from lohp_peft import evaluation
+
+    calls = []
+    monkeypatch.setattr(evaluation, "evaluate_tasks", lambda *args, **options: calls.append(args) or RESULTS)
+    line = ["evaluate", "--base-model", "minilm", "--task", str(task_file), "--json"]
+    for target in (tmp_path, task_file / "out.json"):
+        result = run(*line, str(target))
+        assert result.exit_code == 2
+        assert f"`--json` must be a file that can be written, or `-`, got {target}" in " ".join(result.stderr.split())
+    assert not calls
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(evaluate_verb, "write_json", full)
+    result = run(*line, str(tmp_path / "new" / "out.json"))
+    assert result.exit_code == 2
+    assert "75.0" in result.stdout
+
+
 def test_generate(monkeypatch, loaded, task_file, tmp_path):
     from lohp_peft import generation
 
@@ -119,13 +143,16 @@ def test_generate(monkeypatch, loaded, task_file, tmp_path):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"seconds": 0.5}
     assert saved == [out]
+    plain = [word for word in line if word not in ("--seed", "5")]
+    assert run(*plain, "--set", "seed=5").exit_code == 0
+    assert "`seed` is given more than once" in run(*line, "--set", "seed=5").stderr
 
     out.mkdir()
     (out / "mine.txt").write_text("")
     result = run(*line)
     assert result.exit_code == 2
     assert "must be an empty or a new folder" in result.output
-    assert saved == [out]
+    assert saved == [out, out]
 
 
 def test_prepare(base_folder, task_file, tmp_path):
@@ -146,6 +173,13 @@ def test_prepare(base_folder, task_file, tmp_path):
     assert json.loads(result.stdout) == {"output": out.as_posix(), "tasks": ["parcels"], "trajectories": 2}
     assert json.loads(run(*line, "--dry-run").stdout)["plan"]["runs"] == 0
     assert run(*line).exit_code == 0  # in the bases of the first time
+    for changes, message in (
+        (["--r", "4"], "('core', 2), asked for ('core', 4)"),
+        (["--layers", "0"], "encoder.layer.0"),
+    ):
+        refused = run(*[*line, "--dry-run"], *changes)
+        assert refused.exit_code == 2
+        assert message in refused.stderr
     other = run(*line, "--bases", "base-weights")
     assert other.exit_code == 2
     assert "bases" in other.stderr
@@ -155,7 +189,7 @@ def test_prepare(base_folder, task_file, tmp_path):
     assert "`optimizer_steps` is given more than once" in refused.stderr
 
 
-def test_prepare_then_train(base_folder, task_file, tmp_path):
+def test_prepare_then_train(base_folder, task_file, tmp_path, monkeypatch):
     inputs = ["--base-model", str(base_folder), "--task", str(task_file), "--json"]
     runs, policy = tmp_path / "runs", tmp_path / "policy"
     line = ["prepare", *inputs, "--output", str(runs), "--r", "2", "--target-modules", "query", "--layers", "1"]
@@ -172,6 +206,17 @@ def test_prepare_then_train(base_folder, task_file, tmp_path):
     assert plan["config"]["cloning_steps"] == 2
     assert plan["config"]["training_steps"] == 1
     assert not policy.exists()
+
+    types = []
+
+    def look(tasks, encoder, *args, **options):
+        types.append(encoder.dtype)
+        raise ValueError("enough")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(policy_learning, "train_policy", look)
+        run(*line, "--mixed-precision", "bf16")
+    assert types == [None]  # it is of the policy's networks; the base model stays in its own type
 
     result = run("--debug", *line)
     assert result.exit_code == 0, result.output
@@ -222,6 +267,7 @@ def test_import_checkpoints(base_folder, task_file, checkpoints, tmp_path):
     (trajectory,) = dataset
     assert trajectory.optimizer == "lion"
     assert trajectory.losses.isfinite().all()
+    assert "r=2; asked for {'kind': 'lora_b', 'r': 0}" in run(*line, "--r", "0").stderr
     again = run(*line)  # in the folder's space and with its scores
     assert again.exit_code == 0, again.output
     assert "before" in again.output
@@ -245,6 +291,9 @@ def test_import_checkpoints(base_folder, task_file, checkpoints, tmp_path):
         (["--run", "missing.jsonl=runs"], "missing.jsonl"),
         (["--space", "dense"], "must be one of ['core', 'lora_b'], got 'dense'"),
         (["--space", "policy:"], "names a weight space"),
+        (["--space", "core:1"], "takes a name after policy: and trajectories: only, got 'core:1'"),
+        (["--r", "0"], "`r` must be at least 1, got 0"),
+        (["--optimizers", "sgd", "--head", "prototype"], "it uses rows_per_class, rows_per_task, score_shots, "),
         (["--score-shot", "4"], "did you mean `score_shots`?"),
     ],
 )
@@ -282,7 +331,9 @@ def test_generate_names_the_nearest_key(loaded, task_file, tmp_path):
 def test_push(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
     result = run("push", str(tmp_path), "me/task", "--dry-run", "--json")
-    assert json.loads(result.stdout)["files"] == {"adapter_config.json": 34}
+    files = json.loads(result.stdout)["files"]
+    assert files["adapter_config.json"] == 34
+    assert files.keys() == {"adapter_config.json", "README.md"}
     assert "adapter would go to me/task" in run("push", str(tmp_path), "me/task", "--dry-run").output
 
 

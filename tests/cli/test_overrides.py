@@ -9,6 +9,8 @@ import pytest
 
 from lohp_peft.cli.overrides import read_config
 
+EXTRA = {"lr": -2e4, "betas": [0.9, 1.0], "name": "1e-3", "commit": "1e5a"}
+
 
 @dataclass(kw_only=True)
 class Inner:
@@ -83,6 +85,8 @@ def test_yaml_then_overrides(tmp_path):
         (["--resume", "false"], "resume", False),
         (["--folder", "a/b"], "folder", Path("a/b")),
         (["--extra.weight_decay", "0.1"], "extra", {"weight_decay": 0.1}),
+        (["--extra.lr", "1e-3"], "extra", {"lr": 1e-3}),
+        (["--extra", "{lr: -2.E+4, betas: [.9, 1e0], name: '1e-3', commit: 1e5a}"], "extra", EXTRA),
     ],
 )
 def test_values(arguments, name, value):
@@ -136,6 +140,10 @@ def test_all_mistakes_at_once():
 def test_yaml_mistakes(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read_config(Settings, write(tmp_path, text))
+
+
+def test_numbers_without_a_point_are_numbers_where_any_value_is_taken(tmp_path):
+    assert read_config(Settings, write(tmp_path, "extra: {lr: 1e-3, eps: 2}\n")).extra == {"lr": 1e-3, "eps": 2}
 
 
 def test_missing_file(tmp_path):
