@@ -111,7 +111,8 @@ class Candidate:
     Args:
         name: `none`, `mean`, `generated`, `generated x 0.5`, `rollout 1`, ...
         score: Calibrated leave-one-out loss of a ridge head on the support set in nats, lower is better; `None` when not scored.
-        excess: Mean of its loss over the generated adapter's, example by example, and the standard error of that.
+        excess: Mean of its loss over the generated adapter's, example by example, and the standard error of that; after
+            gradient steps over that of the candidate they began at.
     """
 
     name: str
@@ -222,7 +223,7 @@ class CandidateSet:
         if not self.config.choose:
             note = (Candidate("generated"),), "generated", "Candidates were not compared."
             made = [Choice(state, x, *note) for state, x in zip(generated, embedded, strict=True)]
-            return self._with_steps(made, generated)
+            return self._with_steps(made)
         states = {"generated": generated} | self._variants(features, generated) | self._fixed(generated)
         compared = [balanced_rows(t.targets, self.config.scored_texts, self.config.seed) for t in self.examples]
         known = {"generated": embedded, "none": [s.embeddings for s in self.statistics]}
@@ -248,16 +249,16 @@ class CandidateSet:
             best, reason = _decide(found, self.config.margin)
             whole = known[best][i] if best in known else embeddings[best] if len(rows) == len(task) else None
             made.append(Choice(states[best][i], whole, tuple(found.values()), best, reason))
-        return self._with_steps(made, generated)
+        return self._with_steps(made)
 
-    def _with_steps(self, choices: list[Choice], generated: Tensor) -> list[Choice]:
+    def _with_steps(self, choices: list[Choice]) -> list[Choice]:
         """The choices after the gradient steps that the settings ask for."""
         if not self.config.gradient_steps:
             return choices
-        return [self._step(i, choice, generated[i]) for i, choice in enumerate(choices)]
+        return [self._step(i, choice) for i, choice in enumerate(choices)]
 
-    def _step(self, task: int, choice: Choice, generated: Tensor) -> Choice:
-        """The generated adapter after gradient steps, where unseen examples confirm them and they gain more than the choice so far."""
+    def _step(self, task: int, choice: Choice) -> Choice:
+        """The choice after gradient steps from it, where unseen examples confirm them."""
         config, examples = self.config, self.examples[task]
         rows = torch.arange(len(self.owner)).split(self.sizes)[task]
         taken = verified_steps(
@@ -265,7 +266,7 @@ class CandidateSet:
             self.encoded[rows],
             examples.targets,
             examples.n_classes,
-            generated,
+            choice.state,
             self.policy.scale,
             steps=config.gradient_steps,
             learning_rate=config.gradient_learning_rate,
@@ -275,12 +276,11 @@ class CandidateSet:
         )
         if taken is None:
             return replace(choice, reason=f"{choice.reason} {TOO_FEW_FOR_STEPS}")
-        (mean, error), name = taken.change, f"generated + {taken.steps} gradient steps"
+        (mean, error), name = taken.change, f"{choice.name} + {taken.steps} gradient steps"
         verdict = f"{taken.steps} gradient steps change the loss of unseen examples by {mean:+.3f} +- {error:.3f} nats"
         candidates = (*choice.candidates, Candidate(name, excess=taken.change))
-        lead = {c.name: c.excess or (0.0, 0.0) for c in choice.candidates}[choice.name][0]
-        if taken.confirmed and mean < lead:
-            return Choice(taken.state, None, candidates, name, f"{verdict}.", taken.steps)
+        if taken.confirmed:
+            return Choice(taken.state, None, candidates, name, f"{choice.reason} {verdict}.", taken.steps)
         return replace(choice, candidates=candidates, reason=f"{choice.reason} {verdict}: not kept.")
 
     def embeddings(self, choices: Sequence[Choice]) -> list[Tensor]:

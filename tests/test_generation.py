@@ -182,17 +182,23 @@ def test_a_harmful_policy_abstains_and_says_why(generate, harmful):
     assert not forced.report.abstained
 
 
-@pytest.mark.parametrize(("change", "kept"), [(-0.001, False), (-5.0, True)])
-def test_gradient_steps_are_kept_where_they_gain_more_than_the_choice_so_far(
-    generate, harmful, monkeypatch, change, kept
-):
-    """They are confirmed against the generated adapter, and "none" may be better than that by far more."""
-    taken = VerifiedSteps(torch.ones(harmful.space.shape), (change, 0.0001), 4, True)
-    monkeypatch.setattr(candidates, "verified_steps", lambda *args, **kwargs: taken)
+@pytest.mark.parametrize("kept", [False, True])
+def test_gradient_steps_begin_at_the_choice_so_far(generate, harmful, monkeypatch, kept):
+    """Not at a generated adapter that was not chosen, than which they might be better and "none" better still."""
+    starts = []
+
+    def steps(encoder, encoded, labels, n_classes, start, scale, **kwargs):
+        starts.append(start)
+        return VerifiedSteps(start + 1, (-0.1, 0.01), 4, kept)
+
+    monkeypatch.setattr(candidates, "verified_steps", steps)
     (made,) = generate([TASKS[0].draw_support(16, 0)], GenerationConfig(gradient_steps=4), policy=harmful)
-    assert made.report.chosen == ("generated + 4 gradient steps" if kept else "none")
-    assert made.report.gradient_steps == (4 if kept else 0)
-    assert kept or made.report.reason.endswith("nats: not kept.")
+    assert not starts[0].any()
+    report = made.report
+    assert (report.chosen, report.abstained) == (("none + 4 gradient steps", False) if kept else ("none", True))
+    assert (report.gradient_steps, float(made.state.mean())) == ((4, 1.0) if kept else (0, 0.0))
+    assert "'none' has a lower leave-one-out loss" in report.reason
+    assert ("not kept" in report.reason) != kept
 
 
 def test_a_smaller_amplitude_of_a_harmful_adapter_is_better(generate, harmful):
