@@ -59,7 +59,7 @@ class GenerationConfig:
     gradient_steps: int = field(
         default=0,
         metadata={
-            "help": "most Adam steps behind the rollout, kept where unseen examples confirm them; 0 is forward-only"
+            "help": "most Adam steps from the chosen adapter, kept where unseen examples confirm them; 0 is forward-only"
         },
     )
     gradient_learning_rate: float = field(
