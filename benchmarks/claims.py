@@ -119,12 +119,17 @@ def latency(latency: Result, latency_10: Result, latency_30: Result, compare: Re
 
 def ablations(ablations: Result, compare: Result) -> list[str]:
     """Parts of policy learning."""
-    loss = {name: row["loss"] for name, row in ablations["variants"].items()}
+    variants = ablations["variants"]
+    loss = {name: f"{variants[name]['loss']:.3f}" for name in ("lohp", "behaviour_cloning", "backward_reference")}
+    cloning = variants["behaviour_cloning"]
+    verdict = "as well as" if cloning["loss_minus_first"]["high"] > 0 else "better than"
     accuracy = {name: percent(compare["shots"]["16"][name]["accuracy"]) for name in ("behaviour_cloning", "lohp")}
     return [
-        f"behaviour cloning alone validates better ({loss['behaviour_cloning']:.3f} nats) than cloning and hybrid-policy "
-        f"sub-trajectory balance ({loss['lohp']:.3f}), on the 22 test tasks both are level "
+        f"behaviour cloning alone validates {verdict} cloning and hybrid-policy sub-trajectory balance "
+        f"({loss['behaviour_cloning']} and {loss['lohp']} nats, {WORDS[cloning['seeds']]} training seeds), "
+        "on the 22 test tasks both are level "
         f"({' and '.join(accuracy.values())} %)",
+        f"a fitted backward policy in the place of the clone validates best ({loss['backward_reference']})",
     ]
 
 
