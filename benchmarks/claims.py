@@ -123,13 +123,15 @@ def ablations(ablations: Result, compare: Result) -> list[str]:
     loss = {name: f"{variants[name]['loss']:.3f}" for name in ("lohp", "behaviour_cloning", "backward_reference")}
     cloning = variants["behaviour_cloning"]
     verdict = "as well as" if cloning["loss_minus_first"]["high"] > 0 else "better than"
+    first = min(variants, key=lambda name: variants[name]["loss"])
+    best = "best" if first == "backward_reference" else f"worse than {first}"
     accuracy = {name: percent(compare["shots"]["16"][name]["accuracy"]) for name in ("behaviour_cloning", "lohp")}
     return [
         f"behaviour cloning alone validates {verdict} cloning and hybrid-policy sub-trajectory balance "
         f"({loss['behaviour_cloning']} and {loss['lohp']} nats, {WORDS[cloning['seeds']]} training seeds), "
         "on the 22 test tasks both are level "
         f"({' and '.join(accuracy.values())} %)",
-        f"a fitted backward policy in the place of the clone validates best ({loss['backward_reference']})",
+        f"a fitted backward policy in the place of the clone validates {best} ({loss['backward_reference']})",
     ]
 
 

@@ -24,7 +24,7 @@ from lohp_peft.adapters.injection import evaluating
 from lohp_peft.adapters.layout import base_model_fingerprint, base_of
 from lohp_peft.adapters.writing import only_active
 from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConfig
-from lohp_peft.cards import write_adapter_card
+from lohp_peft.cards import adapter_card_of, write_card
 from lohp_peft.hub import PushReport, find_policy, push_folder
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, tokenizer_fingerprint
@@ -139,7 +139,7 @@ class GeneratedAdapter:
         config = self._lora_config(base_model_name, task_type)
         identity = self.report.chosen == "none"
         save_plain_lora(folder, self.lora, config, record=self.record(head=not uniform), allow_identity=identity)
-        write_adapter_card(folder)
+        write_card(folder, adapter_card_of(folder))
 
     def to_tensors(
         self, base_model_name: str | None = None, task_type: str | None = "FEATURE_EXTRACTION"

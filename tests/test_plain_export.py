@@ -28,7 +28,7 @@ from lohp_peft import (
 )
 from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, save_plain_lora
 from lohp_peft.adapters.importing import read_plain_lora
-from lohp_peft.cards import write_adapter_card
+from lohp_peft.cards import adapter_card_of
 from lohp_peft.config import RecordedLoraConfig
 from lohp_peft.hub import check_folder
 
@@ -446,7 +446,7 @@ def test_training_further_is_told_and_leaves_the_head_out(change, fields, folder
     assert saved(model, tmp_path) == "all"
     change(model, tokenizer)
     assert saved(model, tmp_path) == "changed"
-    card = write_adapter_card(tmp_path).read_text()
+    card = adapter_card_of(tmp_path)
     assert "have changed since" in card
     assert "forward-only" not in card
     model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from setting import RESULTS, describe_policy
 
 from lohp_peft import LoHpPolicy
-from lohp_peft.cards import write_policy_card
+from lohp_peft.cards import policy_card_of, write_card
 
 TARGET = Path(__file__).parents[2] / "lohp_peft" / "policies" / "minilm-text"
 FILES = ("config.json", "model.safetensors", "reference_set.safetensors", "space.safetensors")
@@ -40,5 +40,5 @@ if __name__ == "__main__":
         results = {
             method: {key: row[key] for key in ("accuracy", "macro_f1")} for method, row in few_shot["methods"].items()
         }
-    write_policy_card(TARGET, location="shipped", results=results, limits=LIMITS)
+    write_card(TARGET, policy_card_of(TARGET, location="shipped", results=results, limits=LIMITS))
     print(f"{mebibytes:.1f} MiB, results {'in the card' if results else 'not measured yet'}")

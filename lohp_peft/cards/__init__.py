@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from lohp_peft.cards.adapter import adapter_card, adapter_card_of, public_base_model, write_adapter_card
+from lohp_peft.cards.adapter import adapter_card, adapter_card_of, public_base_model
 from lohp_peft.cards.markdown import is_hub_id, write_card
-from lohp_peft.cards.policy import policy_card, policy_card_of, write_policy_card
-from lohp_peft.cards.trajectories import trajectory_card, trajectory_card_of, write_trajectory_card
+from lohp_peft.cards.policy import policy_card, policy_card_of
+from lohp_peft.cards.trajectories import trajectory_card, trajectory_card_of
 
 CARD_OF: dict[str, Callable[..., str]] = {
     "adapter": adapter_card_of,
@@ -24,8 +24,5 @@ __all__ = [
     "public_base_model",
     "trajectory_card",
     "trajectory_card_of",
-    "write_adapter_card",
     "write_card",
-    "write_policy_card",
-    "write_trajectory_card",
 ]

@@ -15,7 +15,6 @@ from lohp_peft.cards.markdown import (
     read_json,
     render,
     score_table,
-    write_card,
 )
 
 ADAPTER_FILE = "adapter_config.json"
@@ -119,17 +118,20 @@ def adapter_card_of(
     scores: Mapping[str, Mapping[str, Any]] | None = None,
     license: str | None = None,
 ) -> str:
-    """The card that `write_adapter_card` writes, with the same arguments.
+    """Render the card of an adapter folder, from the files that are there.
 
     Args:
-        folder: See there, as all that follow.
-        name: See there.
-        location: See there.
-        scores: See there.
-        license: See there.
+        folder: Folder with `adapter_config.json` and, where they exist, `lohp_provenance.json` and `head.safetensors`.
+        name: Title; the folder's name by default.
+        location: See `adapter_card`.
+        scores: See `adapter_card`.
+        license: See `adapter_card`.
+
+    Returns:
+        The card in Markdown, for `write_card`.
 
     Raises:
-        ValueError: See there.
+        ValueError: When the folder holds no readable `adapter_config.json`.
     """
     folder = Path(folder)
     config, provenance = _read(folder)
@@ -142,33 +144,6 @@ def adapter_card_of(
         scores=scores,
         license=license,
     )
-
-
-def write_adapter_card(
-    folder: str | os.PathLike,
-    *,
-    name: str | None = None,
-    location: str | None = None,
-    scores: Mapping[str, Mapping[str, Any]] | None = None,
-    license: str | None = None,
-) -> Path:
-    """Write `README.md` into an adapter folder, from the files that are already there.
-
-    Args:
-        folder: Folder with `adapter_config.json` and, where they exist, `lohp_provenance.json` and `head.safetensors`.
-        name: Title; the folder's name by default.
-        location: See `adapter_card`.
-        scores: See `adapter_card`.
-        license: See `adapter_card`.
-
-    Returns:
-        The path of the card.
-
-    Raises:
-        ValueError: When the folder holds no readable `adapter_config.json`.
-    """
-    card = adapter_card_of(folder, name=name, location=location, scores=scores, license=license)
-    return write_card(folder, card)
 
 
 def public_base_model(folder: str | os.PathLike, *, write: bool = False) -> str | None:

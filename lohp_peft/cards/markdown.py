@@ -98,7 +98,15 @@ def render(template: str, metadata: CardData, **values: str) -> str:
 
 
 def write_card(folder: str | os.PathLike, card: str) -> Path:
-    """The path of `README.md` in `folder`, into which `card` is written."""
+    """Write a card into `README.md` of the folder that it is of.
+
+    Args:
+        folder: The folder.
+        card: From `adapter_card_of`, `policy_card_of` or `trajectory_card_of`.
+
+    Returns:
+        The path of the card.
+    """
     path = Path(folder) / "README.md"
     path.write_text(card, encoding="utf-8")
     return path

@@ -15,7 +15,6 @@ from lohp_peft.cards.markdown import (
     render,
     score_table,
     table,
-    write_card,
 )
 
 
@@ -72,7 +71,7 @@ def policy_card(
     )
 
 
-def write_policy_card(
+def policy_card_of(
     folder: str | os.PathLike,
     *,
     name: str | None = None,
@@ -81,8 +80,8 @@ def write_policy_card(
     usage: str | None = None,
     limits: Sequence[str] = (),
     license: str | None = None,
-) -> Path:
-    """Write `README.md` into a policy folder, from its `config.json`.
+) -> str:
+    """Render the card of a policy folder, from its `config.json`.
 
     Args:
         folder: Folder that `LoHpPolicy.save_pretrained` wrote.
@@ -94,40 +93,10 @@ def write_policy_card(
         license: See `policy_card`.
 
     Returns:
-        The path of the card.
+        The card in Markdown, for `write_card`.
 
     Raises:
         ValueError: When the folder holds no readable `config.json`.
-    """
-    card = policy_card_of(
-        folder, name=name, location=location, results=results, usage=usage, limits=limits, license=license
-    )
-    return write_card(folder, card)
-
-
-def policy_card_of(
-    folder: str | os.PathLike,
-    *,
-    name: str | None = None,
-    location: str | None = None,
-    results: Mapping[str, Mapping[str, Any]] | None = None,
-    usage: str | None = None,
-    limits: Sequence[str] = (),
-    license: str | None = None,
-) -> str:
-    """The card that `write_policy_card` writes, with the same arguments.
-
-    Args:
-        folder: See there, as all that follow.
-        name: See there.
-        location: See there.
-        results: See there.
-        usage: See there.
-        limits: See there.
-        license: See there.
-
-    Raises:
-        ValueError: See there.
     """
     folder = Path(folder)
     config = read_json(folder, "config.json", "a policy folder")

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData
 
-from lohp_peft.cards.markdown import base_link, entries_table, pinned, read_json, render, table, write_card
+from lohp_peft.cards.markdown import base_link, entries_table, pinned, read_json, render, table
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"))
 
@@ -65,15 +65,15 @@ def trajectory_card(
     )
 
 
-def write_trajectory_card(
+def trajectory_card_of(
     folder: str | os.PathLike,
     *,
     name: str | None = None,
     location: str | None = None,
     licences: Mapping[str, str] | None = None,
     license: str | None = None,
-) -> Path:
-    """Write `README.md` into a folder of trajectories, from its manifest.
+) -> str:
+    """Render the card of a folder of trajectories, from its manifest.
 
     Args:
         folder: Folder of a `TrajectoryDataset`.
@@ -83,34 +83,10 @@ def write_trajectory_card(
         license: See `trajectory_card`.
 
     Returns:
-        The path of the card.
+        The card in Markdown, for `write_card`.
 
     Raises:
         ValueError: When the folder holds no readable manifest.
-    """
-    card = trajectory_card_of(folder, name=name, location=location, licences=licences, license=license)
-    return write_card(folder, card)
-
-
-def trajectory_card_of(
-    folder: str | os.PathLike,
-    *,
-    name: str | None = None,
-    location: str | None = None,
-    licences: Mapping[str, str] | None = None,
-    license: str | None = None,
-) -> str:
-    """The card that `write_trajectory_card` writes, with the same arguments.
-
-    Args:
-        folder: See there, as all that follow.
-        name: See there.
-        location: See there.
-        licences: See there.
-        license: See there.
-
-    Raises:
-        ValueError: See there.
     """
     folder = Path(folder)
     manifest = read_json(folder, "manifest.json", "a folder of trajectories")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from lohp_peft.adapters import base_model_fingerprint
 from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, save_plain_lora
 from lohp_peft.adapters.importing import read_plain_lora
-from lohp_peft.cards import write_adapter_card, write_policy_card
+from lohp_peft.cards import adapter_card_of, policy_card_of
 from lohp_peft.cli.main import app
 from lohp_peft.cli.overrides import read_config
 from lohp_peft.config import read_support_file
@@ -155,8 +155,8 @@ READ = {
     "folder to push": lambda world: check_folder(world.folder / "adapter"),
     "policy to push": lambda world: check_folder(world.folder / "policy"),
     "store to push": lambda world: check_folder(world.folder / "store"),
-    "adapter card": lambda world: write_adapter_card(world.folder / "adapter"),
-    "policy card": lambda world: write_policy_card(world.folder / "policy"),
+    "adapter card": lambda world: adapter_card_of(world.folder / "adapter"),
+    "policy card": lambda world: policy_card_of(world.folder / "policy"),
 }
 """Calls of the Python interface."""
 

@@ -13,10 +13,10 @@ from transformers import AutoModel, BertConfig, BertModel, BertTokenizerFast
 
 from lohp_peft.cards import (
     adapter_card,
+    adapter_card_of,
     policy_card,
-    write_adapter_card,
-    write_policy_card,
-    write_trajectory_card,
+    policy_card_of,
+    trajectory_card_of,
 )
 
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -122,7 +122,7 @@ def test_snippet_runs_with_stock_peft(tmp_path, pooling, monkeypatch, capsys):
     save_file({"weight": torch.zeros(2, 16), "bias": torch.tensor([0.0, 1.0])}, folder / "head.safetensors")
     (folder / "lohp_provenance.json").write_text(json.dumps({**PROVENANCE, "pooling": pooling}))
 
-    card = write_adapter_card(folder, location=str(folder)).read_text()
+    card = adapter_card_of(folder, location=str(folder))
     code = snippet(card).replace("path/to/the/base/model", str(base))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda location: location)
     exec(compile(code, "card", "exec"), {})
@@ -136,7 +136,7 @@ def test_unknown_pooling():
 
 def test_card_of_no_adapter(tmp_path):
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
-        write_adapter_card(tmp_path)
+        adapter_card_of(tmp_path)
 
 
 def test_policy_card():
@@ -160,16 +160,16 @@ def test_policy_card():
 
 def test_card_of_no_trajectories(tmp_path):
     with pytest.raises(ValueError, match=r"manifest\.json"):
-        write_trajectory_card(tmp_path)
+        trajectory_card_of(tmp_path)
 
 
 def test_only_the_hub_has_commits(tmp_path):
     manifest = {"base_model_name": BASE, "base_fingerprint": "5", "space_kind": "core", "space_r": 8}
     manifest |= {"layout": {"modules": []}, "metadata": {}, "shards": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    card = write_trajectory_card(tmp_path, name="runs").read_text()
+    card = trajectory_card_of(tmp_path, name="runs")
     assert 'from_pretrained("runs", base_model' in card
-    card = write_trajectory_card(tmp_path, name="runs", location="me/runs").read_text()
+    card = trajectory_card_of(tmp_path, name="runs", location="me/runs")
     assert 'from_pretrained("me/runs@<commit hash>", base_model' in card
 
 
@@ -185,11 +185,11 @@ def test_policy_card_from_its_folder(tmp_path):
     }
     config = {"model_type": "lohp_policy", "preset": "lohp", "r": 8, "base_model_name": BASE, "provenance": provenance}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    card = write_policy_card(tmp_path, name="mine", location="me/mine").read_text()
+    card = policy_card_of(tmp_path, name="mine", location="me/mine")
     assert metadata(card)["base_model"] == BASE
     for line in ("| preset | lohp |", "| commit | abc |", "| training tasks | 2 |", "| subj | subjectivity | CC BY |"):
         assert line in card
     assert "| validation_tasks | sst2 |" in card
     assert 'LoHpConfig(policy="me/mine@<commit hash>")' in card, "without the commit it is refused"
     with pytest.raises(ValueError, match=r"config\.json"):
-        write_policy_card(tmp_path / "none")
+        policy_card_of(tmp_path / "none")

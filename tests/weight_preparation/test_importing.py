@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from lohp_peft.adapters.importing import read_plain_lora
 from lohp_peft.adapters.layout import AdapterLayout, base_model_fingerprint
 from lohp_peft.adapters.space import CoreSpace, LoraBSpace
-from lohp_peft.cards import write_trajectory_card
+from lohp_peft.cards import trajectory_card_of
 from lohp_peft.policy_learning import train_policy
 from lohp_peft.tasks import TextEncoder
 from lohp_peft.trajectories import TrajectoryDataset
@@ -200,7 +200,7 @@ def test_of_the_settings_only_those_of_the_scores_are_kept(tmp_path, foreign, ta
     kept = TrajectoryDataset.open(tmp_path).manifest.metadata["weight_preparation"]
     names = {"rows_per_class", "rows_per_task", "score_shots", "score_query_rows", "split", "head"}
     assert kept == {name: getattr(SCORING, name) for name in names}
-    assert "optimizer_steps" not in write_trajectory_card(tmp_path).read_text()
+    assert "optimizer_steps" not in trajectory_card_of(tmp_path)
     reports = import_runs(runs, tasks, encoder, tmp_path, replace(SCORING, optimizer_steps=8), **options)
     assert [report.imported_before for report in reports] == [True, False]
 
