@@ -46,6 +46,8 @@ def measure(subject, task: Task, shots: int, by: str, options) -> dict:
                 continue  # generation alone warms the caches up
             start = time.perf_counter()
             calls[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
     times = {name: median(values) for name, values in seconds.items()}
@@ -88,6 +90,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adamw-steps", type=int, default=EvaluationConfig().adamw_steps)
     parser.add_argument("--adamw-learning-rate", type=float, default=EvaluationConfig().adamw_learning_rate)
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; where base model and policy are")
     parser.add_argument("--output", type=Path, help="result file; results/latency.json by default")
     return parser.parse_args(arguments)
 
@@ -96,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    subject = load_subject(options.policy, options.base_model)
+    policy, model, tokenizer = load_subject(options.policy, options.base_model)
+    subject = policy.to(options.device), model.to(options.device), tokenizer
     sizes = [
         (task, size // task.examples.n_classes, "size") for task in load_tasks(options.tasks) for size in options.sizes
     ]
@@ -111,13 +115,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "shots": options.shots,
             "adamw_steps": options.adamw_steps,
             "threads": torch.get_num_threads(),
-            "policy": describe_policy(subject[0]),
+            "device": "cpu" if options.device == "cpu" else torch.cuda.get_device_name(options.device),
+            "policy": describe_policy(policy),
         },
         "environment": environment(),
         **summary,
         "rows": rows,
     }
-    whole = options.adamw_steps == EvaluationConfig().adamw_steps and {*options.held_out} == {*TEST} and options.sizes
+    usual = (options.adamw_steps, options.device) == (EvaluationConfig().adamw_steps, "cpu")
+    whole = usual and {*options.held_out} == {*TEST} and options.sizes
     if target := result_file("latency", options.output, bool(whole)):
         write_json(target, result)
     for row in rows:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lohp_peft.cli.resources import check_target, load_base_model, load_policy, load_tasks, write_json
+from lohp_peft.cli.resources import check_target, load_base_model, load_policy, load_tasks, on_accelerator, write_json
 
 
 def evaluate(
@@ -29,6 +29,7 @@ def evaluate(
     check_target(json)
     tasks = load_tasks(task)
     model, tokenizer = load_base_model(base_model)
+    model = on_accelerator(model)
     results = evaluate_tasks(load_policy(policy), model, tokenizer, tasks, shots=shots, draws=draws, seed=seed)
     if str(json) != "-":
         show(results["tasks"])  # whatever becomes of the file

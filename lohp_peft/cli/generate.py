@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lohp_peft.cli.overrides import read_config
-from lohp_peft.cli.resources import load_base_model, load_policy, load_tasks, write_json
+from lohp_peft.cli.resources import load_base_model, load_policy, load_tasks, on_accelerator, write_json
 
 
 def generate(
@@ -35,7 +35,7 @@ def generate(
     (loaded,) = load_tasks([task])
     support = loaded.draw_support(shots, config.seed)
     model, tokenizer = load_base_model(base_model)
-    generated = generate_adapter(load_policy(policy), model, tokenizer, support, config)
+    generated = generate_adapter(load_policy(policy), on_accelerator(model), tokenizer, support, config)
     generated.save_pretrained(output)
     if json:
         write_json(generated.report.to_dict())

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from lohp_peft.cli.overrides import read_config
-from lohp_peft.cli.resources import load_base_model, load_policy, load_tasks, write_json
+from lohp_peft.cli.resources import load_base_model, load_policy, load_tasks, on_accelerator, write_json
 
 
 def import_checkpoints(
@@ -50,8 +50,6 @@ def import_checkpoints(
     Fields of WeightPreparationConfig that choose these rows may be set as `--field value`; name a `--split` that the runs
     were not trained on.
     """
-    from accelerate import Accelerator
-
     from lohp_peft.tasks import TextEncoder
     from lohp_peft.weight_preparation import (
         MIN_ENERGY,
@@ -69,8 +67,7 @@ def import_checkpoints(
     model, tokenizer = load_base_model(base_model)
     runs = find_runs(folders, model)
     weight_space = _space(runs, model, output, space, r)
-    model.to(Accelerator().device)
-    encoder = TextEncoder(model, tokenizer, weight_space, pooling=pooling, max_length=max_length)
+    encoder = TextEncoder(on_accelerator(model), tokenizer, weight_space, pooling=pooling, max_length=max_length)
     reports = import_runs(
         runs,
         tasks,

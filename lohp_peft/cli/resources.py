@@ -65,6 +65,18 @@ def load_base_model(name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def on_accelerator(model: Any) -> Any:
+    """The base model where Accelerate lets this process work: on a GPU where there is one, unless ACCELERATE_USE_CPU is true.
+
+    One that loading has placed, as it does with quantised weights, stays there.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    return model.to(device) if model.device.type == "cpu" else model
+
+
 def load_policy(name: str) -> Any:
     """Load a policy: `"shipped"`, a folder, or `owner/name@commit` on the Hub."""
     from lohp_peft.hub import find_policy

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lohp_peft.cli.overrides import read_config
-from lohp_peft.cli.resources import load_base_model, load_tasks, write_json
+from lohp_peft.cli.resources import load_base_model, load_tasks, on_accelerator, write_json
 
 
 def train(
@@ -57,7 +57,7 @@ def train(
             Console().print(table)
         return
     model, tokenizer = load_base_model(base_model)
-    encoder = TextEncoder(model, tokenizer, dataset.space, pooling=pooling, max_length=max_length)
+    encoder = TextEncoder(on_accelerator(model), tokenizer, dataset.space, pooling=pooling, max_length=max_length)
     policy = train_policy(
         tasks,
         encoder,

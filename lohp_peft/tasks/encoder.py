@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -187,11 +188,16 @@ class TextEncoder:
 
     @property
     def stays_on_cpu(self) -> bool:
-        """Whether a run should leave the base model on the CPU: it is there, and no launcher gave an accelerator."""
+        """Whether a run should leave the base model on the CPU: it is there, and this process uses no accelerator.
+
+        One that a launcher gave, or that Accelerate was set up for before, by a `Trainer` or an `Accelerator()`: it keeps
+        that for the whole process.
+        """
         given = (
             "LOCAL_RANK" in os.environ and torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
         )
-        return self.device.type == "cpu" and not given
+        used = bool(PartialState._shared_state) and PartialState().device.type != "cpu"
+        return self.device.type == "cpu" and not (given or used)
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:

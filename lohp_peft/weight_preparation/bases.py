@@ -50,15 +50,16 @@ def gradient_space(
         config: Minibatches are drawn as preparation will draw them.
         minibatches: Gradients per task.
         output_dir: Where the trajectories will go; if some are there already, their bases are taken.
-        accelerator: Moves the base model to its device; every process gets the bases of the first.
+        accelerator: Moves the base model to its device; `None` leaves it where it is, but for an accelerator that a
+            launcher gave to this process. Every process gets the bases of the first.
 
     Raises:
         ValueError: When `output_dir` holds trajectories of another layout, kind of space or rank, naming both sides; when
             the base model passes no gradients.
     """
-    process = accelerator or PartialState()
-    if accelerator is not None:
-        encoder.base_model.to(accelerator.device)
+    process = accelerator or PartialState(cpu=encoder.stays_on_cpu)
+    if accelerator is not None or (encoder.device.type == "cpu" and not encoder.stays_on_cpu):
+        encoder.base_model.to(process.device)
     check_gradients(encoder.base_model)
     layout = encoder.space.layout
     shared: list[dict[str, Tensor] | None] = [None]

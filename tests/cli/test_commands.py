@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,9 +16,12 @@ from typer.testing import CliRunner
 from lohp_peft import policy_learning
 from lohp_peft.cli import evaluate as evaluate_verb
 from lohp_peft.cli import generate as generate_verb
+from lohp_peft.cli import import_checkpoints as import_verb
 from lohp_peft.cli import resources
+from lohp_peft.cli import train as train_verb
 from lohp_peft.cli.main import app, main
 from lohp_peft.trajectories import TrajectoryDataset
+from tiny import build_base_model
 
 VERBS = ("prepare", "import-checkpoints", "train", "generate", "evaluate", "push", "env")
 RESULTS = {
@@ -42,6 +46,7 @@ def loaded(monkeypatch):
     for verb in (generate_verb, evaluate_verb):
         monkeypatch.setattr(verb, "load_base_model", lambda name: asked.append(name) or ("model", "tokenizer"))
         monkeypatch.setattr(verb, "load_policy", lambda name: asked.append(name) or "policy")
+        monkeypatch.setattr(verb, "on_accelerator", lambda model: model)
     return asked
 
 
@@ -335,6 +340,44 @@ def test_push(tmp_path):
     assert files["adapter_config.json"] == 34
     assert files.keys() == {"adapter_config.json", "README.md"}
     assert "adapter would go to me/task" in run("push", str(tmp_path), "me/task", "--dry-run").output
+
+
+@pytest.mark.parametrize(
+    ("device", "told", "expected"), [("meta", None, "meta"), ("meta", "true", "cpu"), ("cpu", None, "cpu")]
+)
+def test_a_base_model_goes_where_accelerate_lets_the_process_work(monkeypatch, device, told, expected):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if told is not None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", told)
+
+    def state(cpu):
+        return SimpleNamespace(device=torch.device("cpu" if cpu else device))
+
+    monkeypatch.setattr(accelerate, "PartialState", state)
+    assert resources.on_accelerator(build_base_model()).device.type == expected
+    placed = build_base_model().to("meta")
+    assert resources.on_accelerator(placed).device.type == "meta"
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "train", "import-checkpoints"])
+def test_every_verb_uses_it(monkeypatch, base_folder, task_file, checkpoints, tmp_path, verb):
+    def stop(model):
+        raise ValueError(f"would place {type(model).__name__}")
+
+    for module in (generate_verb, evaluate_verb, train_verb, import_verb):
+        monkeypatch.setattr(module, "on_accelerator", stop)
+    out, task, base = tmp_path / "out", ["--task", str(task_file)], ["--base-model", str(base_folder)]
+    runs = ["--run", f"{task_file}={checkpoints}"]
+    if verb == "train":
+        made = tmp_path / "made"
+        recorded = ["--output", str(made), "--r", "2", "--target-modules", "query", "--optimizer-steps", "4"]
+        recorded += ["--record-every", "2", "--layers", "1", "--optimizers", "adamw"]
+        assert run("prepare", *base, *task, *recorded, "--score-query-rows", "4").exit_code == 0
+        task += ["--trajectories", str(made)]
+    given = {"import-checkpoints": runs, "evaluate": [*task, "--policy", "shipped"]}.get(verb, task)
+    target = [] if verb == "evaluate" else ["--output", str(out)]
+    result = run(verb, *base, *given, *target)
+    assert "would place BertModel" in result.stderr, result.output
 
 
 def test_errors_are_one_line(tmp_path):

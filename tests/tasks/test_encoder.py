@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import PartialState
 from torch.nn.functional import normalize
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
@@ -253,3 +254,12 @@ def test_a_launched_process_uses_the_accelerator_it_was_given(monkeypatch, rank,
             monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert encoder.stays_on_cpu == stays
+
+
+def test_a_process_that_uses_an_accelerator_goes_on_with_it(monkeypatch):
+    """Accelerate refuses `cpu=True` after a Trainer on a GPU."""
+    encoder = build_encoder()
+    PartialState(cpu=True)
+    assert encoder.stays_on_cpu
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))
+    assert not encoder.stays_on_cpu

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from accelerate import PartialState
 
 from lohp_peft.adapters import CoreSpace
 from lohp_peft.tasks import TextEncoder
-from lohp_peft.weight_preparation import first_gradients, gradient_space, prepare_trajectories, query_loss
+from lohp_peft.weight_preparation import bases, first_gradients, gradient_space, prepare_trajectories, query_loss
 from lohp_peft.weight_preparation.rows import keyed_generator, select_rows
 
 
@@ -69,3 +70,20 @@ def test_a_preparation_that_continues_keeps_its_bases(encoder, tasks, config, to
     assert all(again.input_basis(i).equal(first.input_basis(i)) for i in range(len(first.layout.modules)))
     with pytest.raises(ValueError, match=r"\(kind, rank\) \('core', 2\), asked for \('core', 3\)"):
         gradient_space(tasks, encoder, 3, config, output_dir=tmp_path / "runs")
+
+
+@pytest.mark.parametrize("launched", [False, True], ids=["alone", "by a launcher"])
+def test_beside_a_gpu_a_base_model_stays_where_it_is_but_for_a_launcher(monkeypatch, encoder, tasks, config, launched):
+    asked = []
+
+    def state(cpu):
+        asked.append(cpu)
+        return PartialState(cpu=True)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bases, "PartialState", state)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    gradient_space(tasks[:1], encoder, 2, config)
+    assert asked == [not launched]

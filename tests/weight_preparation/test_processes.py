@@ -66,6 +66,7 @@ def test_two_processes_record_what_one_does(tmp_path):
         "MASTER_PORT": str(port),
         "PYTHONPATH": paths,
         "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
     }
     command = [sys.executable, "-m", "weight_preparation.test_processes", str(tmp_path)]
     ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
