@@ -65,9 +65,11 @@ class AdapterLayout:
             layers_to_transform: Layers to adapt; all by default.
 
         Raises:
-            ValueError: When nothing matches, or a matched module is neither `nn.Linear` nor `Conv1D`.
+            ValueError: When nothing matches, a name of a list or a layer matches nothing, or a matched module is neither
+                `nn.Linear` nor `Conv1D`.
         """
         model = base_of(model)
+        given = () if target_modules is None or isinstance(target_modules, str) else target_modules
         if target_modules is None:
             model_type = getattr(getattr(model, "config", None), "model_type", None)
             target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
@@ -93,6 +95,14 @@ class AdapterLayout:
             where = f" in layers {sorted(layers)}" if layers else ""
             raise ValueError(
                 f"`target_modules`={target_modules!r} matches no module of {type(model).__name__}{where}."
+            )
+        found = {spec.name for spec in specs}
+        missing = [repr(one) for one in given if not any(name == one or name.endswith(f".{one}") for name in found)]
+        missing = sorted(missing) + [f"layer {layer}" for layer in sorted(layers - {spec.layer for spec in specs})]
+        if missing:
+            raise ValueError(
+                f"Every name of `target_modules` and every layer must match a module of {type(model).__name__}, but "
+                f"{', '.join(missing)} did not. Correct them or leave them out."
             )
         return cls(tuple(specs))
 

@@ -348,7 +348,7 @@ class TextEncoder:
         inputs = {"input_ids": part.token_ids, "attention_mask": part.attention_mask}
         if part.token_types is not None:
             inputs["token_type_ids"] = part.token_types
-        return self.base_model(**inputs).last_hidden_state
+        return self.base_model(**inputs, return_dict=True).last_hidden_state
 
     def _pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
         tokens = tokens.float() if tokens.dtype in (torch.bfloat16, torch.float16) else tokens

@@ -63,6 +63,8 @@ def test_targets_that_cannot_be_generated():
         AdapterLayout.from_model(build_model("bert"), ["word_embeddings", "query"])
     with pytest.raises(ValueError, match="matches no module"):
         AdapterLayout.from_model(build_model("bert"), ["q_proj"])
+    with pytest.raises(ValueError, match="of BertModel, but 'keey', 'valeu', layer 7, layer 9 did not"):
+        AdapterLayout.from_model(build_model("bert"), ["query", "valeu", "keey"], [0, 7, 9])
     with pytest.raises(ValueError, match="no default"):
         AdapterLayout.from_model(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 

@@ -263,3 +263,10 @@ def test_a_process_that_uses_an_accelerator_goes_on_with_it(monkeypatch):
     assert encoder.stays_on_cpu
     monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))
     assert not encoder.stays_on_cpu
+
+
+def test_a_base_model_that_returns_tuples():
+    encoder = build_encoder()
+    expected = encoder.embed(encoder.prepare(["good1 word1", "bad2"]))
+    encoder.base_model.config.return_dict = False
+    assert encoder.embed(encoder.prepare(["good1 word1", "bad2"])).equal(expected)
