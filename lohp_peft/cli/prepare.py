@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from lohp_peft.cli.overrides import read_config
-from lohp_peft.cli.resources import load_base_model, load_space, load_tasks, write_json
+from lohp_peft.cli.resources import load_base_model, load_space, load_tasks, on_accelerator, write_json
 
 
 def prepare(
@@ -37,8 +37,6 @@ def prepare(
 
     Every field of WeightPreparationConfig may be set as `--field value`.
     """
-    from accelerate import Accelerator
-
     from lohp_peft.tasks import TextEncoder
     from lohp_peft.weight_preparation import (
         WeightPreparationConfig,
@@ -63,11 +61,11 @@ def prepare(
         else:
             Console().print(plan.table())
         return
-    accelerator = Accelerator()
+    model = on_accelerator(model)
     encoder = TextEncoder(model, tokenizer, weight_space, pooling=pooling, max_length=max_length)
     if from_gradients:
-        weight_space = gradient_space(tasks, encoder, r, settings, output_dir=output, accelerator=accelerator)
+        weight_space = gradient_space(tasks, encoder, r, settings, output_dir=output)
         encoder = TextEncoder(model, tokenizer, weight_space, pooling=pooling, max_length=max_length)
-    dataset = prepare_trajectories(tasks, encoder, output, settings, accelerator)
+    dataset = prepare_trajectories(tasks, encoder, output, settings)
     if json:
         write_json({"output": output, "tasks": list(dataset.keys()), "trajectories": len(dataset)})

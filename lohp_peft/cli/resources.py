@@ -66,15 +66,16 @@ def load_base_model(name: str) -> tuple[Any, Any]:
 
 
 def on_accelerator(model: Any) -> Any:
-    """The base model where Accelerate lets this process work: on a GPU where there is one, unless ACCELERATE_USE_CPU is true.
+    """The base model on a GPU that Accelerate gives to this process, where there is one and ACCELERATE_USE_CPU is not true.
 
-    One that loading has placed, as it does with quantised weights, stays there.
+    CUDA and ROCm only (Ours: temperatures are fitted in float64, which Apple's GPUs do not have; others are untried). A
+    model that loading has placed, as it does with quantised weights, stays there.
     """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
-    return model.to(device) if model.device.type == "cpu" else model
+    return model.to(device) if model.device.type == "cpu" and device.type == "cuda" else model
 
 
 def load_policy(name: str) -> Any:

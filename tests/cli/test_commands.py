@@ -17,11 +17,11 @@ from lohp_peft import policy_learning
 from lohp_peft.cli import evaluate as evaluate_verb
 from lohp_peft.cli import generate as generate_verb
 from lohp_peft.cli import import_checkpoints as import_verb
+from lohp_peft.cli import prepare as prepare_verb
 from lohp_peft.cli import resources
 from lohp_peft.cli import train as train_verb
 from lohp_peft.cli.main import app, main
 from lohp_peft.trajectories import TrajectoryDataset
-from tiny import build_base_model
 
 VERBS = ("prepare", "import-checkpoints", "train", "generate", "evaluate", "push", "env")
 RESULTS = {
@@ -343,29 +343,35 @@ def test_push(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "told", "expected"), [("meta", None, "meta"), ("meta", "true", "cpu"), ("cpu", None, "cpu")]
+    ("where", "given", "told", "expected"),
+    [
+        ("cpu", "cuda", None, "cuda"),
+        ("cpu", "cuda", "true", "cpu"),
+        ("cpu", "cpu", None, "cpu"),
+        ("cpu", "mps", None, "cpu"),  # which has no float64
+        ("cuda:1", "cuda", None, "cuda:1"),
+    ],
 )
-def test_a_base_model_goes_where_accelerate_lets_the_process_work(monkeypatch, device, told, expected):
+def test_a_base_model_goes_to_a_gpu_that_the_process_may_use(monkeypatch, where, given, told, expected):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     if told is not None:
         monkeypatch.setenv("ACCELERATE_USE_CPU", told)
 
     def state(cpu):
-        return SimpleNamespace(device=torch.device("cpu" if cpu else device))
+        return SimpleNamespace(device=torch.device("cpu" if cpu else given))
+
+    def model_on(device):
+        return SimpleNamespace(device=torch.device(device), to=model_on)
 
     monkeypatch.setattr(accelerate, "PartialState", state)
-    assert resources.on_accelerator(build_base_model()).device.type == expected
-    placed = build_base_model().to("meta")
-    assert resources.on_accelerator(placed).device.type == "meta"
+    assert resources.on_accelerator(model_on(where)).device == torch.device(expected)
 
 
-@pytest.mark.parametrize("verb", ["generate", "evaluate", "train", "import-checkpoints"])
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "prepare", "train", "import-checkpoints"])
 def test_every_verb_uses_it(monkeypatch, base_folder, task_file, checkpoints, tmp_path, verb):
     def stop(model):
         raise ValueError(f"would place {type(model).__name__}")
 
-    for module in (generate_verb, evaluate_verb, train_verb, import_verb):
-        monkeypatch.setattr(module, "on_accelerator", stop)
     out, task, base = tmp_path / "out", ["--task", str(task_file)], ["--base-model", str(base_folder)]
     runs = ["--run", f"{task_file}={checkpoints}"]
     if verb == "train":
@@ -374,6 +380,8 @@ def test_every_verb_uses_it(monkeypatch, base_folder, task_file, checkpoints, tm
         recorded += ["--record-every", "2", "--layers", "1", "--optimizers", "adamw"]
         assert run("prepare", *base, *task, *recorded, "--score-query-rows", "4").exit_code == 0
         task += ["--trajectories", str(made)]
+    for module in (generate_verb, evaluate_verb, prepare_verb, train_verb, import_verb):
+        monkeypatch.setattr(module, "on_accelerator", stop)
     given = {"import-checkpoints": runs, "evaluate": [*task, "--policy", "shipped"]}.get(verb, task)
     target = [] if verb == "evaluate" else ["--output", str(out)]
     result = run(verb, *base, *given, *target)
