@@ -98,7 +98,11 @@ def _more_examples(compare: Result) -> list[Row]:
     with_steps = f", {share((steps['accuracy'] - none) / whole)} % with gradient steps" if steps else ""
     return [
         ("4, 16, 64 examples a class: rises", ", ".join(map(percent, ours)), ours == sorted(set(ours))),
-        ("64 examples: 60 % of the way from no adapter to AdamW on all rows", f"{share(way)} %{with_steps}", way >= 0.6),
+        (
+            "64 examples: 60 % of the way from no adapter to AdamW on all rows",
+            f"{share(way)} %{with_steps}",
+            way >= 0.6,
+        ),
     ]
 
 
