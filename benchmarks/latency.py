@@ -46,7 +46,7 @@ def measure(subject, task: Task, shots: int, by: str, options) -> dict:
                 continue  # generation alone warms the caches up
             start = time.perf_counter()
             calls[name]()
-            if torch.cuda.is_available():
+            if model.device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
@@ -90,7 +90,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adamw-steps", type=int, default=EvaluationConfig().adamw_steps)
     parser.add_argument("--adamw-learning-rate", type=float, default=EvaluationConfig().adamw_learning_rate)
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; where base model and policy are")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; where base model and policy are")
     parser.add_argument("--output", type=Path, help="result file; results/latency.json by default")
     return parser.parse_args(arguments)
 
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "shots": options.shots,
             "adamw_steps": options.adamw_steps,
             "threads": torch.get_num_threads(),
-            "device": "cpu" if options.device == "cpu" else torch.cuda.get_device_name(options.device),
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
             "policy": describe_policy(policy),
         },
         "environment": environment(),

@@ -1,4 +1,4 @@
-"""Each public job on a GPU, beside the same job on the CPU: `pytest -m gpu`."""
+"""Each public job on a GPU, beside the same on the CPU where both give the same numbers: `pytest -m gpu`."""
 
 import copy
 
@@ -27,9 +27,8 @@ from lohp_peft import (
     to_plain_lora,
     train_policy,
 )
-from lohp_peft.adapters import base_model_fingerprint
 from lohp_peft.tasks import TextEncoder
-from policy_learning.conftest import TASKS, assert_same_weights, build_trajectories, tiny_config
+from policy_learning.conftest import TASKS, assert_same_weights, build_dataset, tiny_config
 from tiny import build_base_model, build_encoder, build_policy, build_task
 from weight_preparation import conftest as stage_1
 
@@ -184,21 +183,13 @@ def test_the_recorder_under_the_trainer(tmp_path):
         assert (delta - expected).norm() < 0.2 * expected.norm()
 
 
-def record(encoder, folder):
-    fingerprint = base_model_fingerprint(encoder.base_model)
-    dataset = TrajectoryDataset.create(
-        folder, space=encoder.space, base_fingerprint=fingerprint, base_model_name="someone/tiny"
-    )
-    for task in TASKS:
-        dataset.append(task.name, [run for run in build_trajectories(encoder.space) if run.task == task.name])
-    return dataset
-
-
 def test_policy_learning_after_something_else_on_the_gpu(tmp_path):
     """A base model on the CPU follows the accelerator that the process uses already."""
     Accelerator()
     encoder, settings = encoder_on("cpu"), tiny_config(cloning_steps=2, training_steps=2)
-    policy = train_policy(TASKS, encoder, record(encoder, tmp_path / "r"), tmp_path / "p", settings, console=QUIET)
+    policy = train_policy(
+        TASKS, encoder, build_dataset(encoder, tmp_path / "r"), tmp_path / "p", settings, console=QUIET
+    )
     assert {policy.device.type, encoder.device.type} == {"cuda"}
 
 
@@ -215,7 +206,7 @@ def test_policy_learning_after_something_else_on_the_gpu(tmp_path):
 )
 def test_policy_learning(changes, tmp_path):
     encoder = encoder_on(GPU)
-    dataset = record(encoder, tmp_path / "recordings")
+    dataset = build_dataset(encoder, tmp_path / "recordings")
     validation = [build_task("news", seed=7)]
     settings = tiny_config(cloning_steps=2, training_steps=2, **changes)
 

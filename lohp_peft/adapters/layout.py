@@ -96,9 +96,13 @@ class AdapterLayout:
             raise ValueError(
                 f"`target_modules`={target_modules!r} matches no module of {type(model).__name__}{where}."
             )
-        found = {spec.name for spec in specs}
-        missing = [repr(one) for one in given if not any(name == one or name.endswith(f".{one}") for name in found)]
-        missing = sorted(missing) + [f"layer {layer}" for layer in sorted(layers - {spec.layer for spec in specs})]
+        alone = {one: LoraConfig(target_modules=[one]) for one in sorted(given)}
+        missing = [
+            repr(one)
+            for one, only in alone.items()
+            if not any(check_target_module_exists(only, spec.name) for spec in specs)
+        ]
+        missing += [f"layer {layer}" for layer in sorted(layers - {spec.layer for spec in specs})]
         if missing:
             raise ValueError(
                 f"Every name of `target_modules` and every layer must match a module of {type(model).__name__}, but "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from lohp_peft.trajectories import TrajectoryDataset
 from lohp_peft.trajectories.manifest import MANIFEST_NAME
 from lohp_peft.weight_preparation.config import WeightPreparationConfig
 from lohp_peft.weight_preparation.plan import check_same_space, select_all_rows
+from lohp_peft.weight_preparation.process import process_of
 from lohp_peft.weight_preparation.rows import keyed_generator
 from lohp_peft.weight_preparation.scoring import query_loss
 
@@ -50,16 +51,13 @@ def gradient_space(
         config: Minibatches are drawn as preparation will draw them.
         minibatches: Gradients per task.
         output_dir: Where the trajectories will go; if some are there already, their bases are taken.
-        accelerator: Moves the base model to its device; `None` leaves it where it is, but for an accelerator that a
-            launcher gave to this process. Every process gets the bases of the first.
+        accelerator: See `prepare_trajectories`; every process gets the bases of the first.
 
     Raises:
         ValueError: When `output_dir` holds trajectories of another layout, kind of space or rank, naming both sides; when
             the base model passes no gradients.
     """
-    process = accelerator or PartialState(cpu=encoder.stays_on_cpu)
-    if accelerator is not None or (encoder.device.type == "cpu" and not encoder.stays_on_cpu):
-        encoder.base_model.to(process.device)
+    process = process_of(encoder, accelerator)
     check_gradients(encoder.base_model)
     layout = encoder.space.layout
     shared: list[dict[str, Tensor] | None] = [None]

@@ -22,6 +22,7 @@ from lohp_peft.trajectories.manifest import MANIFEST_NAME, READING_KEY
 from lohp_peft.weight_preparation.config import WeightPreparationConfig
 from lohp_peft.weight_preparation.optimizers import build_optimizer, hyperparameters, take_step
 from lohp_peft.weight_preparation.plan import METADATA_KEY, check_same_settings, select_all_rows
+from lohp_peft.weight_preparation.process import process_of
 from lohp_peft.weight_preparation.rows import TaskRows, keyed_generator
 from lohp_peft.weight_preparation.scoring import query_loss, score_trajectory
 
@@ -71,7 +72,7 @@ def prepare_trajectories(
         output_dir: Folder of the dataset.
         config: What to record.
         accelerator: Moves the base model to its device; `None` leaves it where it is, but for an accelerator that a
-            launcher such as `accelerate launch` gave to this process.
+            launcher such as `accelerate launch` gave to this process or that it uses already.
         console: Where progress and the closing table go; `None` is standard error, `Console(quiet=True)` is silence.
 
     Returns:
@@ -83,9 +84,7 @@ def prepare_trajectories(
     """
     config = config or WeightPreparationConfig()
     console = console or Console(stderr=True)
-    process = accelerator or PartialState(cpu=encoder.stays_on_cpu)
-    if accelerator is not None or (encoder.device.type == "cpu" and not encoder.stays_on_cpu):
-        encoder.base_model.to(process.device)
+    process = process_of(encoder, accelerator)
     check_gradients(encoder.base_model)
     rows = select_all_rows(tasks, config)
     dataset = _open_or_create(Path(output_dir), encoder, config, process)

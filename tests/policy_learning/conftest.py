@@ -4,10 +4,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from lohp_peft.adapters import base_model_fingerprint
 from lohp_peft.policy_learning import LoHpTrainer, PolicyLearningConfig
 from lohp_peft.policy_learning.recordings import Recordings, fit_scales
 from lohp_peft.tasks import EpisodeSampler, TaskBank
-from lohp_peft.trajectories import Trajectory
+from lohp_peft.trajectories import Trajectory, TrajectoryDataset
 from tiny import build_encoder, build_policy, build_task
 
 TASKS = [
@@ -55,6 +56,17 @@ def build_trajectory(space, task="spam", optimizer="adamw", seed=0, time=6, **ch
 def build_trajectories(space):
     names = [(task.name, optimizer) for task in TASKS for optimizer in ("adamw", "sam")]
     return [build_trajectory(space, *name, seed=seed) for seed, name in enumerate(names)]
+
+
+def build_dataset(encoder, folder):
+    """The same runs in a folder."""
+    fingerprint = base_model_fingerprint(encoder.base_model)
+    dataset = TrajectoryDataset.create(
+        folder, space=encoder.space, base_fingerprint=fingerprint, base_model_name="someone/tiny"
+    )
+    for task in TASKS:
+        dataset.append(task.name, [run for run in build_trajectories(encoder.space) if run.task == task.name])
+    return dataset
 
 
 @pytest.fixture(scope="session")

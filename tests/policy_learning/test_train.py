@@ -15,19 +15,13 @@ from lohp_peft.policy import LoHpPolicy
 from lohp_peft.policy_learning import plan_training, train_policy
 from lohp_peft.tasks import TextEncoder, tokenizer_fingerprint
 from lohp_peft.trajectories import TrajectoryDataset
-from policy_learning.conftest import TASKS, assert_same_weights, build_trajectory, tiny_config
+from policy_learning.conftest import TASKS, assert_same_weights, build_dataset, build_trajectory, tiny_config
 from tiny import build_encoder, build_task
 
 
 @pytest.fixture
-def dataset(encoder, trajectories, tmp_path):
-    fingerprint = base_model_fingerprint(encoder.base_model)
-    dataset = TrajectoryDataset.create(
-        tmp_path / "recordings", space=encoder.space, base_fingerprint=fingerprint, base_model_name="someone/tiny"
-    )
-    for task in TASKS:
-        dataset.append(task.name, [run for run in trajectories if run.task == task.name])
-    return dataset
+def dataset(encoder, tmp_path):
+    return build_dataset(encoder, tmp_path / "recordings")
 
 
 def train(encoder, dataset, folder, **kwargs):

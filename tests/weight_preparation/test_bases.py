@@ -4,7 +4,7 @@ from accelerate import PartialState
 
 from lohp_peft.adapters import CoreSpace
 from lohp_peft.tasks import TextEncoder
-from lohp_peft.weight_preparation import bases, first_gradients, gradient_space, prepare_trajectories, query_loss
+from lohp_peft.weight_preparation import first_gradients, gradient_space, prepare_trajectories, process, query_loss
 from lohp_peft.weight_preparation.rows import keyed_generator, select_rows
 
 
@@ -81,7 +81,7 @@ def test_beside_a_gpu_a_base_model_stays_where_it_is_but_for_a_launcher(monkeypa
         return PartialState(cpu=True)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bases, "PartialState", state)
+    monkeypatch.setattr(process, "PartialState", state)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     if launched:
         monkeypatch.setenv("LOCAL_RANK", "0")
