@@ -147,6 +147,18 @@ def test_rows_and_datasets_are_read(generate):
         assert made.label_names == expected.label_names
 
 
+@pytest.mark.parametrize("config", [GenerationConfig(choose=False), EVERYTHING, GenerationConfig(gradient_steps=2)])
+def test_classes_without_examples_change_nothing(generate, config):
+    """A dataset may name more classes than the support set has; they are never predicted."""
+    few = SUPPORTS[2]
+    many = Examples(few.texts, tuple(2 * label + 1 for label in few.labels), tuple("abcdefgh"))
+    (mine,), (theirs,) = generate([many], config), generate([few], config)
+    torch.testing.assert_close(mine.state, theirs.state)
+    torch.testing.assert_close(mine.head.weight[[1, 3, 5]], theirs.head.weight)
+    assert mine.report.chosen == theirs.report.chosen
+    assert set(mine.head.logits(torch.randn(50, mine.head.weight.shape[1])).argmax(-1).tolist()) <= {1, 3, 5}
+
+
 def test_pairs(generate):
     support = build_task("pairs", pair=True).draw_support(4, 0)
     (made,) = generate([support])

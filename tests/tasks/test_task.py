@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from lohp_peft.tasks import Examples, Task, balanced_rows, draw
 
@@ -62,6 +62,17 @@ def test_a_dataset_is_read_as_rows():
     rows = [{"text": "x", "text_b": "y", "label": 1}, {"text": "z", "text_b": "w", "label": 0}]
     assert Examples.from_rows(Dataset.from_list(rows)) == Examples.from_rows(rows)
     assert Examples.from_rows(rows).texts_b == ("y", "w")
+
+
+def test_a_dataset_names_its_classes():
+    """All of them, so that a class without examples keeps the others' indices; rows without a class are refused."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["world", "business", "arts"])})
+    examples = Examples.from_rows(Dataset.from_list([{"text": "x", "label": 2}, {"text": "y", "label": 0}], features))
+    assert examples.label_names == ("world", "business", "arts")
+    assert examples.labels == (2, 0)
+    hidden = Dataset.from_list([{"text": "x", "label": 1}, {"text": "y", "label": -1}], features)
+    with pytest.raises(ValueError, match=r"1 malformed support rows: row 1: 'label' must be in 0..2, .* got -1"):
+        Examples.from_rows(hidden)
 
 
 def test_examples_check_their_sizes_and_labels():
