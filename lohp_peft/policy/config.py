@@ -172,7 +172,16 @@ class LoHpPolicyConfig(PretrainedConfig):
                 f"{values.get('model_type')!r}."
             )
         known = set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        return cls(**{name: _decoded(value) for name, value in values.items() if name in known})
+
+
+def _decoded(value: Any) -> Any:
+    """A value with the infinities and NaN that transformers spells as objects, which JSON has none of."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {name: _decoded(item) for name, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

@@ -177,7 +177,10 @@ class LoHpPolicy(PreTrainedModel):
         blind = previous is None or not self.config.reads_previous
         move = torch.zeros_like(state) if blind else (state - previous) / self.scale
         drift, free = self.forward_network(state / self.scale, move, scaled, flat, step, optimizer)
-        pull = self.forward_network.pull[step].clamp(0, 1)
+        pull = self.forward_network.pull[step]
+        pull = (
+            pull + (pull.clamp(0, 1) - pull).detach()
+        )  # a share; its gradient passes at the bounds too (Known: 1308.3432)
         mean = (1 - pull) * state + drift * self.scale / self.config.policy_steps + free * self.step_rms[step]
         return torch.where(self.state_mask, mean, torch.zeros_like(mean))
 

@@ -194,5 +194,9 @@ class LogFlowNetwork(nn.Module):
         """Shape (batch,), from scaled states (batch, modules, width)."""
         rms = state.square().mean(-1).add(1e-6).sqrt()
         along = (state * start).mean(-1) / start.square().mean(-1).add(1e-6).sqrt()
-        flow = self.out(self.trunk(torch.cat([flat, rms.log(), along], -1), step, optimizer))
+        hidden = self.trunk(torch.cat([flat, rms.log(), along], -1), step, optimizer)
+        with torch.autocast(
+            hidden.device.type, enabled=False
+        ):  # a flow of thousands of nats has no fractions in bfloat16
+            flow = self.out(hidden.to(self.out.weight.dtype))
         return flow.squeeze(-1).clone()  # not a view, which would lose the hooks of FSDP2 if it were changed in place

@@ -145,7 +145,7 @@ class Events:
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values: the history, and of callbacks what the `Trainer` keeps of them."""
-        states = {type(callback).__name__: callback.state()["attributes"] for callback in self._exportable()}
+        states = {name: callback.state()["attributes"] for name, callback in self._exportable().items()}
         return {"log_history": self.state.log_history, "callbacks": states}
 
     def restore(self, record: Mapping[str, Any]) -> None:
@@ -162,11 +162,12 @@ class Events:
             problems.append(f"'callbacks' is {str(known)[:80]}")
             known = {}
         found = []
-        for callback in self._exportable():
+        for owner, callback in self._exportable().items():
             for name, now in callback.state()["attributes"].items():
-                value = known.get(type(callback).__name__, {}).get(name, now)
-                if type(value) is not type(now):
-                    problems.append(f"{name!r} of {type(callback).__name__} is {value!r}")
+                value = known.get(owner, {}).get(name, now)
+                numbers = isinstance(value, int | float) and isinstance(now, int | float)
+                if not (type(value) is type(now) or numbers or None in (value, now)):
+                    problems.append(f"{name!r} of {owner} is {value!r}")
                 found.append((callback, name, value))
         if problems:
             raise ValueError(
@@ -177,5 +178,12 @@ class Events:
         for callback, name, value in found:
             setattr(callback, name, value)
 
-    def _exportable(self) -> list[Any]:
-        return [callback for callback in self.handler.callbacks if isinstance(callback, ExportableState)]
+    def _exportable(self) -> dict[str, Any]:
+        """By the name of its class, and where there are several of one its number after the first."""
+        found: dict[str, Any] = {}
+        for callback in self.handler.callbacks:
+            if isinstance(callback, ExportableState):
+                name = type(callback).__name__
+                earlier = sum(type(other).__name__ == name for other in found.values())
+                found[f"{name} {earlier + 1}" if earlier else name] = callback
+        return found

@@ -1,7 +1,7 @@
 """Configuration of stage 2."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from lohp_peft.fields import document_fields
 from lohp_peft.policy.config import NUM_HEADS
@@ -89,6 +89,10 @@ class PolicyLearningConfig:
     seed: int = _field(0, "seed of everything")
 
     def __post_init__(self) -> None:
+        whole = [f.name for f in fields(self) if f.type in (int, "int") and type(getattr(self, f.name)) is not int]
+        if whole:
+            found = {name: getattr(self, name) for name in whole}
+            raise ValueError(f"Policy learning: whole numbers are needed, got {found}.")
         problems = []
         choices_of = {"preset": PRESETS, "mode": MODES, "reference": REFERENCES, "head": HEADS}
         choices_of["mixed_precision"] = ("no", "bf16")
@@ -104,6 +108,17 @@ class PolicyLearningConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 problems.append(f"`{name}` must be at least {low}, got {getattr(self, name)}")
+        made = self.rollouts_per_task * (2 if self.mode == "hybrid" else 1)
+        if self.mode != "off_policy" and self.preset != "behaviour_cloning" and self.buffer_size < made:
+            problems.append(
+                f"`buffer_size` must be at least {made}, the rollouts made at a time (`rollouts_per_task`, and as many from "
+                f"recorded prefixes in mode hybrid), got {self.buffer_size}"
+            )
+        if self.final_weights_only and self.reference == "backward":
+            problems.append(
+                "`reference` must be clone with `final_weights_only`, got 'backward': on a straight line the way back is certain "
+                "and has no density"
+            )
         if self.hidden_size % NUM_HEADS:
             problems.append(f"`hidden_size` must be a multiple of {NUM_HEADS} attention heads, got {self.hidden_size}")
         units = {"kl_target": " nats", "robust_delta": " nats", "max_grad_norm": "", "ridge": "", "noise_scale": ""}
@@ -124,6 +139,8 @@ class PolicyLearningConfig:
         ):
             if not getattr(self, name) >= 0:
                 problems.append(f"`{name}` must be at least 0, got {getattr(self, name)}")
+            elif math.isinf(getattr(self, name)) and name not in ("subtb_lambda", "refresh_kl"):
+                problems.append(f"`{name}` must be finite, got {getattr(self, name)}")
         for name in ("contrast", "optimizer_dropout", "dropout", "path_prefix_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 problems.append(f"`{name}` must be a share in 0..1, got {getattr(self, name)}")

@@ -1,5 +1,6 @@
 """Gradients of several losses, each with a norm of its own, over all processes."""
 
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,21 +14,29 @@ from lohp_peft.policy_learning.sharding import is_sharded, local
 PRECISIONS = ("no", "bf16")
 
 
-def check_precision(accelerator: Accelerator) -> None:
-    """Refuse mixed precision whose gradients have to be scaled: `accumulate` takes and clips them as they are.
+def precision_of(asked: str, accelerator: Accelerator | None) -> str:
+    """The mixed precision of a run: bf16 where its settings, the accelerator that was given or else a launcher say so.
+
+    An accelerator that is made takes that of the last one in the process, so it is not asked.
 
     Args:
-        accelerator: That of the run.
+        asked: That of the settings.
+        accelerator: The one that was given.
 
     Raises:
-        ValueError: Under fp16 and fp8.
+        ValueError: Under fp16 and fp8, whose gradients have to be scaled: `accumulate` takes and clips them as they are.
     """
-    if accelerator.mixed_precision not in PRECISIONS:
+    said = (
+        os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+        if accelerator is None
+        else accelerator.mixed_precision
+    )
+    if said not in PRECISIONS:
         raise ValueError(
             f"The mixed precision of policy learning must be one of {list(PRECISIONS)}, got an accelerator of "
-            f"{accelerator.mixed_precision!r}, whose gradients would have to be scaled. Launch it with "
-            "`--mixed_precision bf16`, or `no`."
+            f"{said!r}, whose gradients would have to be scaled. Launch it with `--mixed_precision bf16`, or `no`."
         )
+    return "bf16" if "bf16" in (asked, said) else "no"
 
 
 def accumulate(

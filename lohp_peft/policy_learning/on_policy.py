@@ -118,7 +118,16 @@ def reference_temperature(
         features = repeat_features(features, config.rollouts_per_task)
         states = rollout(reference, features, noise=1.0, generator=generator(TEMPERATURE_EPISODES + i))
         final.append(torch.stack([r.losses[-1] for r in source.scored(episode, states, features, 0)]))
-    return max(calibrate_temperature(torch.stack(final).cpu(), config.kl_target), floor)
+    spread = torch.stack(final).cpu()
+    if not spread.var(1).any():
+        logger.warning(
+            "All rollouts of the reference end at the same loss, %.3g times that of no adapter, which is what losses are "
+            "clipped at where they are larger: the temperature is its floor, %.3g. A smaller `noise_scale` may help.",
+            float(spread.mean()),
+            floor,
+        )
+        return floor
+    return max(calibrate_temperature(spread, config.kl_target), floor)
 
 
 def _path_costs(source: OnPolicy, reference: BackwardReference, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lohp_peft.files import write_atomically
 from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig, ReferenceSet
 from lohp_peft.policy_learning.callbacks import LOG_EVERY, reporters, training_arguments
 from lohp_peft.policy_learning.config import PolicyLearningConfig
-from lohp_peft.policy_learning.gradients import check_precision
+from lohp_peft.policy_learning.gradients import precision_of
 from lohp_peft.policy_learning.processes import only_writer
 from lohp_peft.policy_learning.recordings import Recordings, fit_scales
 from lohp_peft.policy_learning.sources import check_sources, sources_record
@@ -89,6 +89,8 @@ def plan_training(
     settings = _policy_config(
         dataset, config, embedding_size=_embedding_size(space.layout), module_features=sides * space.r
     )
+    runs = [run for shard in dataset.keys() for run in dataset.manifest.shards[shard].trajectories]
+    settings.optimizers = sorted({run["optimizer"] for run in runs})
     policy = LoHpPolicy(settings)
     return TrainingPlan(
         len(tasks),
@@ -141,16 +143,20 @@ def train_policy(
     Raises:
         ValueError: When dataset, encoder and tasks do not belong together, naming both sides, when two tasks have one name,
             when `output_dir` holds the checkpoint of another training, listing all differences, when a launcher asks
-            for another mixed precision than bf16, or when `lohp+path` gets no gradients through the base model.
+            for another mixed precision than bf16, when `provenance` is no JSON, or when `lohp+path` gets no gradients
+            through the base model.
         RuntimeError: When a reporter is not installed, or another training writes to `output_dir`.
     """
     config = config or PolicyLearningConfig()
     reporters(report_to)  # whatever is missing is said before any work
+    try:
+        json.dumps(provenance)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`provenance` must hold plain JSON values: {error}.") from error
     if config.preset == "lohp+path" and config.path_weight > 0:
         check_gradients(encoder.base_model)
-    precision = None if config.mixed_precision == "no" else config.mixed_precision  # none: what a launcher says, or no
-    accelerator = accelerator or Accelerator(mixed_precision=precision, cpu=encoder.stays_on_cpu)
-    check_precision(accelerator)
+    config = replace(config, mixed_precision=precision_of(config.mixed_precision, accelerator))
+    accelerator = accelerator or Accelerator(cpu=encoder.stays_on_cpu)
     encoder.base_model.to(accelerator.device)
     console = console or Console(stderr=True)
     output_dir = Path(output_dir)

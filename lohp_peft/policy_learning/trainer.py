@@ -26,7 +26,7 @@ from lohp_peft.policy_learning.checkpoint import (
     write_checkpoint,
 )
 from lohp_peft.policy_learning.config import PolicyLearningConfig
-from lohp_peft.policy_learning.gradients import accumulate, check_precision
+from lohp_peft.policy_learning.gradients import accumulate
 from lohp_peft.policy_learning.losses import cloning_loss, divergence, segments
 from lohp_peft.policy_learning.on_policy import OnPolicy, episode_features, reference_temperature
 from lohp_peft.policy_learning.processes import Processes
@@ -52,7 +52,7 @@ class LoHpTrainer:
         sampler: Source of episodes.
         config: Settings.
         validation: Fixed validation episodes and the bank that holds their tasks, or `None`.
-        accelerator: Device placement, mixed precision and processes.
+        accelerator: Device placement and processes; mixed precision is that of `config`.
         log: Called with the training step and its scalars, after every step.
         callbacks: The `Trainer`'s callbacks; they may ask for validation, a checkpoint, a log or the end.
         arguments: What callbacks see of the settings, with the reporters in `report_to`; made from `config` when absent.
@@ -60,7 +60,6 @@ class LoHpTrainer:
 
     Raises:
         RuntimeError: When the accelerator would take the policy apart by anything but FSDP2, or reporters are missing.
-        ValueError: When its mixed precision is neither none nor bf16.
 
     **Attributes**:
         - **policy** (`LoHpPolicy`) -- What is trained: the given policy, or under FSDP2 a copy of which every process
@@ -83,7 +82,6 @@ class LoHpTrainer:
         data: Mapping[str, Any] | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
-        check_precision(self.accelerator)
         self.processes, self.given = Processes(self.accelerator), policy
         self.sharded = shards_policy(self.accelerator)
         self.policy = self._copy(policy) if self.sharded else policy.to(self.accelerator.device)
@@ -103,7 +101,7 @@ class LoHpTrainer:
             {"params": network.free_parameters(), "lr": config.free_learning_rate},
             {"params": list(self.policy.log_flow_network.parameters()), "lr": config.log_flow_learning_rate},
         ]
-        self.optimizer = self.accelerator.prepare_optimizer(torch.optim.Adam(groups))
+        self.optimizer = torch.optim.Adam(groups)  # Accelerate's takes no steps after a loop left amid an accumulation
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.best_weights: dict[str, Tensor] = {}
         arguments = arguments or training_arguments(config, self.accelerator, "trainer_output")
@@ -124,8 +122,10 @@ class LoHpTrainer:
         self.processes.agree(self.step, "The training step to continue from (a checkpoint that all of them can read)")
         self.events.at(self.step)
         self.events("train_begin")
+        self.events("epoch_begin")
         while self.step < self.total_steps and not self.events.control.should_training_stop:
             self._one_step(folder)
+        self.events("epoch_end")
         if self.best_weights:
             self.policy.load_state_dict(self.best_weights)
         self.events("train_end")
@@ -153,6 +153,7 @@ class LoHpTrainer:
         self.log(self.step, scalars)
         if self.step % LOG_EVERY == 0 or "validation_loss" in scalars or last or events.control.should_log:
             events.log(scalars)
+        last = last or events.control.should_training_stop
         if folder is not None and (self.step % config.save_every == 0 or last or events.control.should_save):
             self.save(folder)
             events("save")
@@ -162,7 +163,8 @@ class LoHpTrainer:
         self.policy.train()
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.config.learning_rate_share(self.step)
-        with self.accelerator.autocast():
+        mixed = self.config.mixed_precision == "bf16"
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=mixed):
             losses, scalars = self._cloning_phase() if self.reference is None else self._hybrid_phase()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         scalars |= accumulate(losses, parameters, self.config.max_grad_norm, self.processes, self.step)

@@ -73,6 +73,7 @@ class TrajectoryDataset:
 
         Raises:
             FileExistsError: When the folder already holds a dataset.
+            ValueError: When a name is no text or metadata no JSON.
         """
         folder = Path(folder)
         (folder / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
@@ -88,11 +89,12 @@ class TrajectoryDataset:
             layout=space.layout.to_dict(),
             metadata=dict(metadata or {}),
         )
+        record = manifest.to_json()
         with FileLock(folder / LOCK_NAME):
             if (folder / MANIFEST_NAME).exists():
                 raise FileExistsError(f"{folder} already holds trajectories; open it, or choose another folder.")
             write_atomically(folder / SPACE_NAME, bases)
-            write_atomically(folder / MANIFEST_NAME, manifest.to_json())
+            write_atomically(folder / MANIFEST_NAME, record)
         return cls.open(folder)
 
     @classmethod
@@ -187,8 +189,8 @@ class TrajectoryDataset:
             metadata: JSON values to keep with the shard, found again in `manifest.shards[key].metadata`.
 
         Raises:
-            ValueError: When the key is taken (by an undamaged shard), there is nothing to write, or a trajectory does
-                not fit the weight space.
+            ValueError: When the key is taken (by an undamaged shard), there is nothing to write, a trajectory does not fit
+                the weight space, or metadata is no JSON; the folder is as it was.
         """
         if not key or not trajectories:
             raise ValueError(f"A shard needs a key and at least one trajectory, got {key!r} and {len(trajectories)}.")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lohp_peft.files import read_json
+from lohp_peft.files import parse_json, read_json
 
 SCHEMA_VERSION = 1
 FORMAT = "lohp_peft.trajectories"
@@ -67,14 +67,18 @@ class Manifest:
         """The manifest as UTF-8 JSON, with its format and schema version.
 
         Raises:
-            ValueError: When metadata holds something that JSON cannot.
+            ValueError: When metadata holds something that JSON cannot, or it could not be read again.
         """
         record = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
         record["shards"] = dict(sorted(record["shards"].items()))
         try:
-            return (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()
+            data = (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()
+            again = parse_json(data)
         except (TypeError, ValueError) as error:
             raise ValueError(f"Metadata and hyper-parameters must be plain finite JSON values: {error}.") from error
+        if problems := _check_record(again):
+            raise ValueError(f"It could not be read again: {'; '.join(problems)}.")
+        return data
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

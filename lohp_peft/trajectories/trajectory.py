@@ -50,7 +50,12 @@ class Trajectory:
         if states.dtype != torch.float32 or states.ndim != 3 or not len(states):
             found = f"{_name(states.dtype)} {tuple(states.shape)}"
             return [f"`states` must be float32 of shape (time + 1, modules, width), got {found}"]
-        problems = []
+        kinds = {"task": str, "optimizer": str, "seed": int}
+        problems = [
+            f"`{name}` must be {kind.__name__}, got {getattr(self, name)!r}"
+            for name, kind in kinds.items()
+            if type(getattr(self, name)) is not kind
+        ]
         broken = sorted({int(i) for i in (~states.isfinite()).nonzero()[:, 0]})
         if broken:
             problems.append(f"`states` must be finite, but states {broken} hold NaN or infinite values")

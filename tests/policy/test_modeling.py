@@ -47,6 +47,16 @@ def test_the_pull_takes_back_a_share_of_the_state(policy, features, state):
     torch.testing.assert_close(pulled(0.0), pulled(-1.0))
 
 
+@pytest.mark.parametrize("share", [-0.1, 0.0, 0.5, 1.1])
+def test_a_pull_out_of_bounds_still_learns(policy, features, state, share):
+    """A few early steps take it below 0, from where it has to come back."""
+    with torch.no_grad():
+        policy.forward_network.pull.fill_(share)
+    policy.forward_policy(state, STEPS, features).sum().backward()
+    assert policy.forward_network.pull.grad[STEPS].ne(0).all()
+    policy.zero_grad()
+
+
 def test_free_moves_are_bounded_in_units_of_the_recorded_step(policy, features, state):
     with torch.no_grad():
         policy.forward_network.out.bias.fill_(50.0)

@@ -1,6 +1,9 @@
+import json
+
 import pytest
 from accelerate import Accelerator, DistributedType
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from lohp_peft.policy_learning import callbacks as callbacks_module
 from lohp_peft.policy_learning.callbacks import Events, reporters, training_arguments
@@ -53,8 +56,8 @@ def test_the_trainers_events_come_in_their_order(build_trainer, tmp_path):
     trainer.train(tmp_path)
     step = ["on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"]
     names = [name for name, _ in remember.events]
-    assert names[:6] == ["on_init_end", "on_train_begin", *step]
-    assert names[-4:] == ["on_evaluate", "on_log", "on_save", "on_train_end"]
+    assert names[:7] == ["on_init_end", "on_train_begin", "on_epoch_begin", *step]
+    assert names[-5:] == ["on_evaluate", "on_log", "on_save", "on_epoch_end", "on_train_end"]
     assert names.count("on_train_begin") == names.count("on_train_end") == 1
     assert remember.steps("on_step_end") == list(range(1, 9))
     assert remember.steps("on_evaluate") == remember.steps("on_log") == [4, 8]
@@ -125,6 +128,43 @@ def test_a_killed_run_stops_early_where_an_uninterrupted_one_does(build_trainer,
     assert again.step == whole.step == 4
     assert again.events.state.log_history == whole.events.state.log_history
     assert_same_weights(again.policy.state_dict(), whole.policy.state_dict())
+
+
+class Lowest(TrainerCallback, ExportableState):
+    """Keeps a value that is of no type before the first validation, and a count that becomes a fraction."""
+
+    def __init__(self):
+        self.lowest, self.count = None, 0
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.lowest, self.count = metrics["eval_loss"], self.count + 0.5
+
+    def state(self):
+        return {"args": {}, "attributes": {"lowest": self.lowest, "count": self.count}}
+
+
+def test_callbacks_come_back_with_values_of_other_types_and_each_with_its_own(build_trainer, tmp_path):
+    first, second = Lowest(), Lowest()
+    second.on_evaluate = lambda *args, **kwargs: None
+    options = {"callbacks": [first, second, AskAt(5, should_training_stop=True)]}
+    build_trainer(validate=True, options=options).train(tmp_path)
+    again = [Lowest(), Lowest()]
+    build_trainer(validate=True, options={"callbacks": again}).load(tmp_path)
+    assert (again[0].lowest, again[0].count) == (first.lowest, 1.0)
+    assert isinstance(first.lowest, float)
+    assert (again[1].lowest, again[1].count) == (None, 0)
+
+
+def test_what_stops_the_run_while_it_logs_leaves_a_checkpoint(build_trainer, tmp_path):
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+            return control
+
+    trainer = build_trainer(validate=True, options={"callbacks": [Watch()]}, validate_every=3, save_every=100)
+    trainer.train(tmp_path)
+    assert trainer.step == 3
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 3
 
 
 @pytest.mark.parametrize(

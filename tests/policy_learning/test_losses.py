@@ -106,6 +106,11 @@ def test_mixed_precision_keeps_log_probabilities_and_rewards_in_float32(policy, 
         mixed, mixed_loss = segments(policy, clone, *arguments), bank.episode_losses([episode], states)[0]
     assert mixed.log_pf.dtype == mixed.log_flow.dtype == torch.float32
     torch.testing.assert_close(mixed.log_pf, exact.log_pf, atol=0.3, rtol=0.05)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        policy.log_flow_network.out.weight.zero_()
+        policy.log_flow_network.out.bias.fill_(1001.3)  # bfloat16 has 1000 and 1004
+        flow = policy.log_flow(recordings.states[:, 1], torch.ones(6, dtype=torch.long), features)
+    torch.testing.assert_close(flow, torch.full_like(flow, 1001.3))
     torch.testing.assert_close(mixed_loss, loss, atol=1e-4, rtol=1e-4)
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from lohp_peft.policy import rollout
 from lohp_peft.policy_learning import on_policy as on_policy_module
 from lohp_peft.policy_learning import trainer as trainer_module
-from lohp_peft.policy_learning.gradients import accumulate
+from lohp_peft.policy_learning.gradients import accumulate, precision_of
 from lohp_peft.policy_learning.losses import log_probabilities
 from lohp_peft.policy_learning.processes import Processes
 from lohp_peft.policy_learning.recordings import Recordings, fit_scales
@@ -191,12 +191,47 @@ def test_divergence_is_an_error_and_no_update(build_trainer):
     assert trainer.policy.forward_network.gates.weight.isfinite().all()
 
 
+def test_what_others_accumulate_in_the_process_stops_no_step(build_trainer):
+    """A loop that was left in the middle of an accumulation leaves Accelerate's shared state behind."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    with accelerator.accumulate(accelerator.prepare(torch.nn.Linear(2, 2))):
+        pass
+    try:
+        trainer = build_trainer()
+        before = trainer.policy.forward_network.start.clone()
+        trainer.training_step()
+        assert not trainer.policy.forward_network.start.equal(before)
+    finally:
+        accelerator.gradient_state._set_sync_gradients(True)
+
+
+@pytest.mark.parametrize(("asked", "used"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("last", ["no", "bf16"])
+def test_mixed_precision_is_that_of_the_settings_whatever_ran_before(build_trainer, monkeypatch, asked, used, last):
+    monkeypatch.setattr(Accelerator, "mixed_precision", last)
+    trainer = build_trainer(mixed_precision=asked)
+    found = []
+    trainer.policy.forward_network.trunk.second.register_forward_hook(lambda *args: found.append(args[-1].dtype))
+    trainer.training_step()
+    assert set(found) == {used}
+
+
 @pytest.mark.parametrize("precision", ["fp16", "fp8"])
-def test_precisions_that_scale_gradients_are_refused(build_trainer, monkeypatch, precision):
+def test_precisions_that_scale_gradients_are_refused(monkeypatch, precision):
     """They are taken by `torch.autograd.grad`, which knows no scaler."""
     monkeypatch.setattr(Accelerator, "mixed_precision", precision)
     with pytest.raises(ValueError, match=rf"one of \['no', 'bf16'\], got an accelerator of '{precision}'"):
-        build_trainer()
+        precision_of("no", Accelerator(cpu=True))
+    assert precision_of("no", None) == "no"  # that of an accelerator which nobody gave is not asked
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(ValueError, match=f"got an accelerator of '{precision}'"):
+        precision_of("bf16", None)
+
+
+def test_a_launcher_may_ask_for_bf16(monkeypatch):
+    assert precision_of("bf16", Accelerator(cpu=True)) == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert precision_of("no", None) == "bf16"
 
 
 def test_the_gradient_of_each_loss_is_clipped_on_its_own():
@@ -221,6 +256,18 @@ def test_a_single_recorded_run_has_a_temperature(encoder, bank, trajectories):
     trainer = make_trainer(encoder, bank, one, preset="lohp", mode="off_policy")
     run(trainer)
     assert 0 < trainer.temperature < math.inf
+
+
+def test_a_clipped_reward_has_the_temperature_of_the_floor(build_trainer, bank, monkeypatch, caplog):
+    """Where every rollout does more harm than losses are told apart in."""
+    trainer = build_trainer(preset="lohp", cloning_steps=0, training_steps=1)
+    monkeypatch.setattr(
+        bank, "episode_losses", lambda episodes, states, **kwargs: (states.flatten(2).any(-1) * 1e4 + 1, None)
+    )
+    trainer._start_hybrid_phase()
+    losses = trainer.recordings.losses
+    assert trainer.temperature == pytest.approx(float((losses[:, 0] - losses[:, -1]).mean()) / 20)
+    assert "All rollouts of the reference end at the same loss" in caplog.text
 
 
 def test_the_temperature_of_rollouts_follows_the_target(build_trainer):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,32 @@ def test_append_refuses_what_does_not_fit(dataset, make_trajectory):
     with pytest.raises(ValueError, match="plain finite JSON"):
         dataset.append("bad", [make_trajectory(hyperparameters={"lr": torch.tensor(1.0)})])
     assert TrajectoryDataset.open(dataset.folder).keys() == ["mood", "spam", "topic"]
+
+
+@pytest.mark.parametrize(
+    ("change", "metadata", "problem"),
+    [
+        ({"seed": None}, {}, "`seed` must be int, got None"),
+        ({"seed": True}, {}, "`seed` must be int, got True"),
+        ({"task": None}, {}, "`task` must be str, got None"),
+        ({"optimizer": 3}, {}, "`optimizer` must be str, got 3"),
+        ({"task": "half a character \ud800"}, {}, "half of a character"),
+        ({"hyperparameters": {1: 2, "1": 3}}, {}, "keys are repeated"),
+        ({}, {1: 2, "1": 3}, "keys are repeated"),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_read_again_is_not_appended(dataset, make_trajectory, change, metadata, problem):
+    before = {path: path.read_bytes() for path in dataset.folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=problem):
+        dataset.append("odd", [replace(make_trajectory(), **change)], metadata)
+    assert {path: path.read_bytes() for path in dataset.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_dataset_that_could_not_be_read_again_is_not_begun(space, tmp_path):
+    with pytest.raises(ValueError, match="'base_model_name' of the manifest must be str, got NoneType"):
+        TrajectoryDataset.create(tmp_path, space=space, base_fingerprint="", base_model_name=None)
+    assert TrajectoryDataset.create(tmp_path, space=space, base_fingerprint="", base_model_name="tiny").keys() == []
 
 
 def test_opening_changes_nothing(dataset):
