@@ -15,8 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from lohp_peft.adapters import base_model_fingerprint
+from lohp_peft.adapters.export import HEAD_FILE, tells_of_other_weights
 from lohp_peft.cards import CARD_OF, is_hub_id, public_base_model, write_card
-from lohp_peft.files import read_json
+from lohp_peft.files import read_json, sha256
 
 __all__ = [
     "PushReport",
@@ -78,8 +79,8 @@ def check_folder(folder: str | os.PathLike) -> tuple[str, dict[str, int]]:
 
     Raises:
         ValueError: Naming every file that is neither safetensors, JSON nor Markdown, every link and hidden file; when
-            the kind cannot be told or what tells it is damaged; or when the base model is named by a path of this machine
-            and no generation has recorded its repository.
+            the kind cannot be told or what tells it is damaged; when the base model is named by a path of this machine and no
+            generation has recorded its repository; or when an adapter was trained after its head had been solved.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -108,6 +109,11 @@ def check_folder(folder: str | os.PathLike) -> tuple[str, dict[str, int]]:
     kind, file, key = _kind(folder, sizes)
     if kind == "adapter":
         named = {name: public_base_model((folder / name).parent) for name in _adapters(sizes)}
+        heads = [(folder / name).with_name(HEAD_FILE) for name in named]
+        if stale := [str(head) for head in heads if head.exists() and tells_of_other_weights(head.parent)]:
+            raise ValueError(
+                f"The adapters' weights have changed since these heads were solved; remove them: {stale}."
+            )
     else:
         named = {file: read_json(folder / file).get(key)}
     local = {name: base for name, base in named.items() if base and not is_hub_id(base)}
@@ -236,7 +242,7 @@ def pull_folder(
             cache_dir=cache_dir,
             token=token,
         )
-    damaged = [name for name, file in kept.items() if _digest(Path(folder) / name, file) != _expected_digest(file)]
+    damaged = [name for name, file in kept.items() if not _arrived(Path(folder) / name, file)]
     if damaged:
         raise ValueError(
             f"{len(damaged)} files of {repo_id} are not what commit {revision} holds: {', '.join(damaged)}. "
@@ -353,16 +359,12 @@ def _refuse_unsafe(repo_id: str, names: Iterable[str]) -> None:
         )
 
 
-def _expected_digest(file: RepoFile) -> str:
-    return file.lfs.sha256 if file.lfs is not None else file.blob_id
-
-
-def _digest(path: Path, file: RepoFile) -> str:
-    """What the Hub knows a file by: SHA-256 of large files, git's SHA-1 of others."""
+def _arrived(path: Path, file: RepoFile) -> bool:
+    """Whether a file is what the Hub knows it by: SHA-256 of large files, git's SHA-1 of others."""
     data = path.read_bytes()
     if file.lfs is not None:
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        return sha256(data) == file.lfs.sha256
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == file.blob_id
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from peft.utils import PeftType
 from peft.utils.warning import PeftWarning
 from torch import nn
 
-from lohp_peft.adapters.export import GenerationRecord
+from lohp_peft.adapters.export import DIGEST_KEY, GenerationRecord
 from lohp_peft.adapters.writing import (
     backbone_of,
     check_untrained,
@@ -27,6 +27,7 @@ from lohp_peft.adapters.writing import (
     undone_on_error,
     write_adapter,
     write_classifier,
+    written_digest,
     written_weights,
 )
 from lohp_peft.config import (
@@ -182,6 +183,10 @@ class LoHpModel(LoraModel):
                 policy_steps=mine.policy_steps, num_candidates=mine.num_candidates, seed=mine.seed
             )
         report, record = _generate(self, name, policy, support, tokenizer, config)
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            # Transformers' own adapters are saved configuration first, where no weights, or others, can be asked.
+            told = {**record.provenance, DIGEST_KEY: written_digest(self.model, name)}
+            record = replace(record, provenance=told, weights=None)
         self.peft_config[name] = copy.copy(mine)  # the caller's object may serve other models
         keep_record(self.peft_config[name], record)
         return report

@@ -24,7 +24,7 @@ ALLOWED = {
     "files": set(),
     "fields": set(),
     "adapters": set(),
-    "cards": set(),
+    "cards": {"adapters"},
     "hub": {"adapters", "cards"},
     "tasks": {"adapters"},
     "trajectories": {"adapters", "hub"},

@@ -26,7 +26,7 @@ from lohp_peft import (
     save_uniform_lora,
     to_plain_lora,
 )
-from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, save_plain_lora
+from lohp_peft.adapters.export import GenerationRecord, plain_lora_config, save_plain_lora, tells_of_other_weights
 from lohp_peft.adapters.importing import read_plain_lora
 from lohp_peft.cards import adapter_card_of
 from lohp_peft.config import RecordedLoraConfig
@@ -451,6 +451,55 @@ def test_training_further_is_told_and_leaves_the_head_out(change, fields, folder
     assert "forward-only" not in card
     model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
     assert saved(model, tmp_path) == "all"
+
+
+def test_training_as_a_plain_lora_beside_the_record_is_told(folders, tokenizer, tmp_path):
+    """What is loaded again is a `LoraConfig`, which knows nothing of the record in the folder that it is saved into."""
+    generated(folders, "encoder", tokenizer).save_pretrained(tmp_path)
+    assert not tells_of_other_weights(tmp_path)
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(folders / "encoder"), tmp_path, is_trainable=True)
+    model.save_pretrained(tmp_path)
+    assert not tells_of_other_weights(tmp_path)
+    step(model, tokenizer)
+    model.save_pretrained(tmp_path)
+    assert tells_of_other_weights(tmp_path)
+    card = adapter_card_of(tmp_path)
+    assert "have changed since" in card
+    assert "head.safetensors" not in card
+    with pytest.raises(
+        ValueError, match="weights have changed since these heads were solved; remove them: .*head.saf"
+    ):
+        check_folder(tmp_path)
+    (tmp_path / "head.safetensors").unlink()
+    named = json.loads((tmp_path / "adapter_config.json").read_text()) | {"base_model_name_or_path": "someone/tiny"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(named))
+    (tmp_path / "README.md").unlink()
+    assert "head.safetensors" not in check_folder(tmp_path)[1]
+
+
+def test_an_adapter_of_transformers_own_keeps_its_record(folders, tokenizer, tmp_path):
+    """Its configuration is saved before its weights: there are none yet, or those of an adapter of before."""
+    rows = tmp_path / "support.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in ROWS))
+    model, out = AutoModel.from_pretrained(folders / "encoder"), tmp_path / "adapter"
+    fields = {"policy": str(folders / "policy"), "support": str(rows), "task_type": "FEATURE_EXTRACTION"}
+    model.add_adapter(LoHpConfig(**fields))
+    for _ in range(2):
+        model.save_pretrained(out)
+        assert recorded(out) == "all"
+        assert not tells_of_other_weights(out)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.add_(1.0)
+    model.save_pretrained(out)
+    assert tells_of_other_weights(out)
+    assert "have changed since" in adapter_card_of(out)
+
+
+def test_weights_that_cannot_be_compared_leave_no_record_and_say_so(folders, tokenizer, tmp_path):
+    with pytest.warns(UserWarning, match="Neither head nor provenance is saved in .*safe_serialization=True"):
+        generated(folders, "encoder", tokenizer).save_pretrained(tmp_path, safe_serialization=False)
+    assert recorded(tmp_path) == "nothing"
 
 
 def test_a_classifier_that_was_trained_is_told(folders, tokenizer, tmp_path):

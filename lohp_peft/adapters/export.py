@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import Adapter
-from lohp_peft.files import read_tensors, sha256, write_atomically
+from lohp_peft.files import read_json, read_tensors, sha256, write_atomically
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
 PROVENANCE_FILE = "lohp_provenance.json"
+DIGEST_KEY = "weights_sha256"
+"""Entry of the provenance: `lora_digest` of the weights that it tells of."""
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 Fingerprints = Mapping[torch.dtype, frozenset[str]]
 """Of a set of tensors, see `fingerprints`."""
@@ -46,17 +49,26 @@ class GenerationRecord:
 
         A configuration is saved without a word on what became of the weights, so those in `adapter_model.safetensors`
         are asked. Where they have changed since, the head is left out and the provenance says `weights_changed`; where
-        there are none, or they still change nothing, nothing is written. A record of before is removed.
+        there are none, or they still change nothing, nothing is written. A record of before is removed. Their digest is
+        kept, by which `tells_of_other_weights` knows those that somebody else saves over them.
         """
-        folder, provenance, head = Path(folder), self.provenance, self.head
+        folder, provenance, head = Path(folder), dict(self.provenance), self.head
+        path = folder / WEIGHTS_FILE
+        saved = read_tensors(path)[0] if path.exists() else {}
+        if saved:
+            provenance.setdefault(DIGEST_KEY, lora_digest(saved))
         if self.weights is not None:
-            path = folder / WEIGHTS_FILE
-            saved = read_tensors(path)[0] if path.exists() else {}
+            if not saved and (folder / "adapter_model.bin").exists():
+                warnings.warn(
+                    f"Neither head nor provenance is saved in {folder}: only weights in {WEIGHTS_FILE} can be compared with "
+                    "those that were generated. Save with `safe_serialization=True`.",
+                    stacklevel=2,
+                )
             if not _holds(saved.values(), self.weights):
                 if not any(tensor.any() for name, tensor in saved.items() if ".lora_B" in name):
                     remove_record(folder)
                     return
-                provenance, head = {**provenance, "weights_changed": True}, None
+                provenance["weights_changed"], head = True, None
         text = json.dumps(provenance, indent=2, allow_nan=False)
         write_atomically(folder / PROVENANCE_FILE, (text + "\n").encode())
         if head is None:
@@ -91,6 +103,24 @@ def fingerprints(tensors: Iterable[Tensor], exact: bool = False) -> Fingerprints
                 values = cast.contiguous().flatten().view(torch.uint8).numpy().tobytes()
                 digests.add(sha256(f"{tuple(tensor.shape)}".encode() + values))
     return {dtype: frozenset(digests) for dtype, digests in found.items()}
+
+
+def lora_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the LoRA weights among tensors by their names, in float32, whatever their order and the rest of their names."""
+    lora = fingerprints(tensor for name, tensor in tensors.items() if ".lora_" in name)[torch.float32]
+    return sha256("".join(sorted(lora)).encode())
+
+
+def tells_of_other_weights(folder: str | os.PathLike) -> bool:
+    """Whether a folder's record of a generation was written for other weights than lie in it, and nobody has noted that.
+
+    As after further training of the adapter as a plain LoRA, which is saved beside the record without a word of it.
+    """
+    weights, provenance = Path(folder) / WEIGHTS_FILE, Path(folder) / PROVENANCE_FILE
+    if not (weights.exists() and provenance.exists()):
+        return False
+    told = read_json(provenance).get(DIGEST_KEY)
+    return told is not None and told != lora_digest(read_tensors(weights)[0])
 
 
 def _holds(tensors: Iterable[Tensor], weights: Fingerprints) -> bool:

@@ -12,7 +12,7 @@ from peft.utils.integrations import get_bnb_param_type
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lohp_peft.adapters.export import Fingerprints, fingerprints, unsupported, unsupported_options
+from lohp_peft.adapters.export import Fingerprints, fingerprints, lora_digest, unsupported, unsupported_options
 from lohp_peft.adapters.injection import evaluating
 from lohp_peft.adapters.layout import AdapterLayout, linear_shape
 from lohp_peft.adapters.space import Adapter
@@ -153,12 +153,27 @@ def written_weights(model: nn.Module, adapter_name: str, linear: nn.Linear | Non
         adapter_name: The adapter, all of whose LoRA weights that are loaded count.
         linear: From `classifier_linear`, where a head was written too.
     """
-    tensors = [] if linear is None else list(linear.parameters())
-    for layer in model.modules():
-        for name, parameter in layer.named_parameters() if isinstance(layer, LoraLayer) else ():
-            if name.startswith("lora_") and adapter_name in name.split(".") and not parameter.is_meta:
-                tensors.append(parameter)
-    return fingerprints(tensors)
+    head = [] if linear is None else list(linear.parameters())
+    return fingerprints([*head, *_lora_weights(model, adapter_name).values()])
+
+
+def written_digest(model: nn.Module, adapter_name: str) -> str:
+    """`lora_digest` of the weights of a model's adapter.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+    """
+    return lora_digest(_lora_weights(model, adapter_name))
+
+
+def _lora_weights(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    return {
+        f"{module}.{name}": parameter
+        for module, layer in model.named_modules()
+        for name, parameter in (layer.named_parameters() if isinstance(layer, LoraLayer) else ())
+        if name.startswith("lora_") and adapter_name in name.split(".") and not parameter.is_meta
+    }
 
 
 def classifier_linear(model: nn.Module, adapter_name: str, n_labels: int) -> nn.Linear:

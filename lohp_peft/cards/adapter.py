@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lohp_peft import files
+from lohp_peft.adapters.export import DIGEST_KEY, HEAD_FILE, PROVENANCE_FILE, tells_of_other_weights
 from lohp_peft.cards.markdown import (
     base_link,
     entries_table,
@@ -20,7 +21,6 @@ from lohp_peft.cards.markdown import (
 ADAPTER_FILE = "adapter_config.json"
 BASE_KEY = "base_model_name_or_path"
 """Where PEFT keeps an adapter's configuration, and in it the name of the base model."""
-PROVENANCE_FILE = "lohp_provenance.json"
 _POOLING = {
     "mean": """mask = batch["attention_mask"].unsqueeze(-1)
 x = (tokens * mask).sum(1) / mask.sum(1)""",
@@ -72,6 +72,7 @@ def adapter_card(
         ValueError: When the provenance has labels that are no list, or a pooling that is unknown.
     """
     recorded, provenance = bool(provenance), dict(provenance or {})
+    provenance.pop(DIGEST_KEY, None)
     config = {**config, BASE_KEY: _base_model(config, provenance)}
     base = config[BASE_KEY]
     settings = {
@@ -135,12 +136,14 @@ def adapter_card_of(
     """
     folder = Path(folder)
     config, provenance = _read(folder)
+    if tells_of_other_weights(folder):
+        provenance["weights_changed"] = True
     return adapter_card(
         config,
         provenance,
         name=name or folder.resolve().name,
         location=location,
-        has_head=(folder / "head.safetensors").exists(),
+        has_head=(folder / HEAD_FILE).exists() and not provenance.get("weights_changed"),
         scores=scores,
         license=license,
     )
