@@ -8,7 +8,7 @@ from math import isnan
 import torch
 from torch import Tensor
 
-from lohp_peft.fields import document_fields
+from lohp_peft.fields import document_fields, take_whole_numbers
 from lohp_peft.policy import LoHpPolicy, rollout
 from lohp_peft.tasks import (
     HEADS,
@@ -76,6 +76,7 @@ class GenerationConfig:
     seed: int = field(default=0, metadata={"help": "seed of the compared texts and of stochastic rollouts"})
 
     def __post_init__(self) -> None:
+        take_whole_numbers(self)
         problems = []
         if self.policy_steps is not None and self.policy_steps < 1:
             problems.append(f"`policy_steps` must be at least 1, got {self.policy_steps}")

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from lohp_peft.adapters.export import GenerationRecord, remove_record, unsupported_options
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.writing import backbone_of
+from lohp_peft.fields import take_whole_numbers
 from lohp_peft.registration import ensure_peft_type
 from lohp_peft.tasks.task import read_json_lines
 
@@ -96,6 +98,7 @@ class LoHpConfig(LoraConfig):
                 f"LoHpConfig is saved as JSON, so these must be strings: {wrong}. A loaded policy or a support set can be "
                 "passed to `generate_adapter` or `initialize_lohp_weights`."
             )
+        take_whole_numbers(self, ("policy_steps", "num_candidates", "seed"))
         problems = []
         if self.policy is None:
             given = {"support": self.support, "policy_revision": self.policy_revision}
@@ -186,6 +189,13 @@ def follow_policy(config: LoHpConfig, model: nn.Module) -> None:
         found = [spec.name for spec in matched.modules]
         if set(found) != set(names):
             problems.append(f"`target_modules` matches {found}, the policy's are {names}")
+    layers = config.layers_to_transform
+    layers = {layers} if isinstance(layers, int) else set(layers or ())
+    left_out = [name for name in names if not check_target_module_exists(config, name)]
+    if layers:  # which PEFT does not look at where modules are named in full
+        left_out += [prefix + spec.name for spec in layout.modules if spec.layer not in layers]
+    if left_out:
+        problems.append(f"`layers_to_transform`, `exclude_modules` or `modules_to_save` leaves out {left_out}")
     if problems:
         raise ValueError("LoHpConfig does not fit its policy: " + "; ".join(problems) + ". Leave them out.")
 
@@ -205,4 +215,4 @@ def read_support_file(source: str) -> list[dict[str, Any]]:
         name, _, revision = source.partition("@")
         return list(load_dataset(name, split="train", revision=revision or None))
     rows = read_json_lines(path)
-    return [row for row in rows if not isinstance(row, dict) or row.get("split", "train") == "train"]
+    return [row for row in rows if not isinstance(row, dict) or (row.get("split") or "train") == "train"]

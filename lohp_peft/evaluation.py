@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from lohp_peft.baselines import AdamWBaseline
-from lohp_peft.fields import document_fields
+from lohp_peft.fields import document_fields, take_whole_numbers
 from lohp_peft.generation import GenerationConfig, as_trained, encoder_for, generate_adapters, load_policy
-from lohp_peft.policy import LoHpPolicy, rollout
+from lohp_peft.policy import LoHpPolicy, ReferenceSet, rollout
 from lohp_peft.tasks import Examples, Head, Task, TaskFeatures, TextEncoder, draw, solve_head, task_features
 from lohp_peft.tasks.encoder import EncodedTexts
 
@@ -53,6 +53,7 @@ class EvaluationConfig:
     adamw_mixed_precision: str = field(default="no", metadata={"help": "of AdamW's forward passes, no or bf16"})
 
     def __post_init__(self) -> None:
+        take_whole_numbers(self)
         problems = []
         if self.shots < 2:
             problems.append(f"`shots` must be at least 2, got {self.shots}")
@@ -159,7 +160,7 @@ class _TaskEvaluation:
     def run_draw(self, number: int) -> None:
         """Draw a support set and score every method on it."""
         seed = self.config.seed + number
-        support = self.task.draw_support(self.config.shots, seed)
+        support = self.task.draw_support(self.config.shots, seed).distinct()  # as a generation reads it
         for name in self.config.methods:
             start = time.perf_counter()
             if name == "adamw":
@@ -201,16 +202,14 @@ class _TaskEvaluation:
     @torch.no_grad()
     def _conditioned(self, name: str, support: Examples, seed: int) -> tuple[Tensor, Head, dict[str, Any]]:
         """State, head and notes of a method that only differs in where its adapter comes from."""
-        policy, reference = self.policy, self.policy.reference_set
+        policy = self.policy
         extra: dict[str, Any] = {}
         encoded = self.encoder.prepare(support.texts, support.texts_b)
         zero = policy.scale.new_zeros(tuple(policy.space.shape))
         if name == "none":
             return zero, self._head(encoded, zero, support), extra
-        if reference is None:
-            raise ValueError(f"Method {name!r} needs the policy's reference set; this policy folder has none.")
         if name == "mean_adapter":
-            state = reference.mean_state()
+            state = self._reference(name).mean_state()
             return state, self._head(encoded, state, support), extra
         statistics = self.encoder.statistics(encoded)
         labels = support.targets
@@ -218,14 +217,21 @@ class _TaskEvaluation:
             labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
         features = task_features(statistics, labels, support.n_classes, policy.reference_tensors())
         if name == "nearest_adapter":
+            reference = self._reference(name)
             index = reference.nearest(features)
             state, extra = reference.states[index], {"task": reference.names[index]}
         else:
             if name == "wrong_task":
+                reference = self._reference(name)
                 index = reference.wrong_task(self.task.family, self.task.name, seed, reference.nearest(features))
                 features, extra = reference.task_features(index), {"task": reference.names[index]}
             state = rollout(policy, TaskFeatures.stack([features]))[0, -1]
         return state, self._head(encoded, state, support), extra
+
+    def _reference(self, name: str) -> ReferenceSet:
+        if self.policy.reference_set is None:
+            raise ValueError(f"Method {name!r} needs the policy's reference set; this policy folder has none.")
+        return self.policy.reference_set
 
     def _head(self, encoded: EncodedTexts, state: Tensor, support: Examples) -> Head:
         embeddings = self.encoder.embed(encoded, state[None] if state.any() else None)

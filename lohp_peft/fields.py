@@ -1,10 +1,37 @@
-"""What the fields of a configuration say of themselves, in one place for the command line and for `help()`."""
+"""What the fields of a configuration say of themselves, and what all whole numbers among them have to be."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import TypeVar
+from numbers import Integral
+from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+
+
+def take_whole_numbers(config: Any, names: Sequence[str] = ()) -> None:
+    """Make Python's own ints of a dataclass's whole numbers, such as numpy's, which JSON cannot hold.
+
+    Args:
+        config: The dataclass.
+        names: Its fields; all annotated `int` or `int | None` by default.
+
+    Raises:
+        ValueError: Listing every value that is no whole number.
+    """
+    wrong = {}
+    for item in fields(config):
+        kind = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
+        value = getattr(config, item.name)
+        wanted = item.name in names if names else kind in ("int", "int | None")
+        if not wanted or (value is None and "None" in kind):
+            continue
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            object.__setattr__(config, item.name, int(value))  # frozen or not
+        else:
+            wrong[item.name] = value
+    if wrong:
+        raise ValueError(f"{type(config).__name__}: whole numbers are needed, got {wrong}.")
 
 
 def document_fields(cls: type[Config]) -> type[Config]:

@@ -108,7 +108,7 @@ class GeneratedAdapter:
             head: Whether the head belongs to it.
             label_names: Class names in another order than that of the head.
         """
-        tensors = {"weight": self.head.weight, "bias": self.head.bias} if head and self.head is not None else None
+        tensors = {"weight": self.head.weight, "bias": self.head.bias} if head else None
         names = self.label_names if label_names is None else label_names
         return GenerationRecord(provenance_of(self.report.to_dict(), names, policy_name), tensors)
 
@@ -130,12 +130,6 @@ class GeneratedAdapter:
         Raises:
             ValueError: For the task type of a model with a head, in which the modules have other names.
         """
-        if task_type in NAMED_OTHERWISE:
-            raise ValueError(
-                f"`task_type` is {task_type!r}, but this adapter names modules as they are in {self.report.policy['base_model']!r} "
-                "without a head, so it would change nothing in a model with one. Generate into that model: "
-                "`get_peft_model(model, LoHpConfig(policy=...))` or `initialize_lohp_weights`."
-            )
         config = self._lora_config(base_model_name, task_type)
         identity = self.report.chosen == "none"
         save_plain_lora(folder, self.lora, config, record=self.record(head=not uniform), allow_identity=identity)
@@ -151,12 +145,21 @@ class GeneratedAdapter:
         Args:
             base_model_name: See `save_pretrained`.
             task_type: See `save_pretrained`.
+
+        Raises:
+            ValueError: See `save_pretrained`.
         """
         config = self._lora_config(base_model_name, task_type)
         fields = {**config.to_dict(), "peft_type": config.peft_type.value}  # plain values, as JSON would hold them
         return fields, plain_lora_tensors(self.lora, config.r)
 
     def _lora_config(self, base_model_name: str | None, task_type: str | None) -> Any:
+        if task_type in NAMED_OTHERWISE:
+            raise ValueError(
+                f"`task_type` is {task_type!r}, but this adapter names modules as they are in {self.report.policy['base_model']!r} "
+                "without a head, so it would change nothing in a model with one. Generate into that model: "
+                "`get_peft_model(model, LoHpConfig(policy=...))` or `initialize_lohp_weights`."
+            )
         name = base_model_name or self.report.policy["base_model"] or None
         rank = max(a.shape[0] for a, _ in self.lora.values())
         return plain_lora_config(name, self.lora, rank, task_type)

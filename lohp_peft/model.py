@@ -141,7 +141,7 @@ class LoHpModel(LoraModel):
         if isinstance(config, LoHpConfig) and any(parts.values()):
             config.support = None
             generated = {name: dict(record.provenance) for name, record in parts.items() if record is not None}
-            provenance = {"combined": dict(zip(adapters, weights, strict=True)), **generated}
+            provenance = {"combined": dict(zip(adapters, map(float, weights), strict=True)), **generated}
             keep_record(config, GenerationRecord(provenance, weights=written_weights(self.model, adapter_name)))
 
     def generate_adapter(
@@ -154,8 +154,8 @@ class LoHpModel(LoraModel):
     ) -> "GenerationReport":
         """Generate an adapter's weights from labelled examples, without gradients unless the settings ask for them.
 
-        In a sequence classification model the classifier's trainable copy is solved in closed form as well; for feature
-        extraction the head is kept with the adapter, see `adapter_head`, and saved as `head.safetensors`.
+        With `task_type="SEQ_CLS"` the classifier's trainable copy is solved in closed form as well; for feature extraction the
+        head is kept with the adapter, see `adapter_head`, and saved as `head.safetensors`.
 
         Args:
             support: Rows `{text[, text_b], label}`, a `datasets.Dataset` with these columns, or `Examples`.
@@ -296,8 +296,16 @@ def _generate(
     if _is_classifier(peft_config):
         columns = _columns(model, examples.label_names)
         linear = classifier_linear(model, adapter_name, model.config.num_labels)
-    elif _has_head(peft_config):
-        check_untrained(model, adapter_name)
+    else:
+        if type(model).__name__.endswith("ForSequenceClassification"):
+            warnings.warn(
+                f"The classifier of {type(model).__name__} stays as it is, because adapter {adapter_name!r} has "
+                f"task_type={peft_config.task_type!r}; with 'SEQ_CLS' it is solved as well.",
+                PeftWarning,
+                stacklevel=4,
+            )
+        if _has_head(peft_config):
+            check_untrained(model, adapter_name)
     with only_active(model, None):
         encoder = encoder_for(policy, backbone, tokenizer, "no" if config is None else config.mixed_precision)
         (made,) = generate_adapters(policy, backbone, tokenizer, [examples], config, encoder=encoder)
@@ -344,18 +352,21 @@ def _columns(model: nn.Module, label_names: Sequence[str]) -> list[int]:
 
 def _batches(tokenizer: Any, examples: Any, encoder: Any) -> Iterator[Any]:
     """The texts as the policy reads them, in order."""
+    from lohp_peft.tasks.requirements import truncating_right
+
     for start in range(0, len(examples), encoder.batch_size):
         rows = slice(start, start + encoder.batch_size)
         pairs = None if examples.texts_b is None else list(examples.texts_b[rows])
-        batch = tokenizer(
-            list(examples.texts[rows]),
-            pairs,
-            truncation=True,
-            max_length=encoder.max_length,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )
+        with truncating_right(tokenizer):
+            batch = tokenizer(
+                list(examples.texts[rows]),
+                pairs,
+                truncation=True,
+                max_length=encoder.max_length,
+                padding=True,
+                padding_side="right",
+                return_tensors="pt",
+            )
         yield batch.to(encoder.device)
 
 
@@ -367,7 +378,8 @@ def _generation_inputs(config: LoHpConfig, model: nn.Module, adapter_name: str) 
     """Policy, support set and tokenizer of a generation at injection, checked against the model."""
     from lohp_peft.generation import encoder_for, load_policy, read_support
 
-    policy, tokenizer = load_policy(config.policy_id or ""), _tokenizer_of(model)
+    with only_active(model, None):  # a merged adapter is named before the base model is compared
+        policy, tokenizer = load_policy(config.policy_id or ""), _tokenizer_of(model)
     support = read_support(read_support_file(config.support or ""))
     encoder_for(policy, backbone_of(model, policy.layout)[0], tokenizer)
     if _is_classifier(config):

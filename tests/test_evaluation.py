@@ -10,7 +10,7 @@ from lohp_peft import evaluation
 from lohp_peft.baselines import AdamWBaseline
 from lohp_peft.evaluation import METHODS, EvaluationConfig, evaluate_tasks, mean_scores, scores
 from lohp_peft.generation import GenerationConfig, generate_adapters
-from lohp_peft.tasks import Examples, Head, solve_head
+from lohp_peft.tasks import Examples, Head, Task, solve_head
 from tiny import build_encoder, build_policy, build_task
 
 TASKS = [
@@ -226,3 +226,23 @@ def test_errors(policy, encoder):
     bare = build_policy(encoder)
     with pytest.raises(ValueError, match="'mean_adapter' needs the policy's reference set"):
         evaluate(bare, encoder, config=EvaluationConfig(shots=4, methods=("mean_adapter",)))
+    alone = ("none", "generated_raw", "shuffled_labels")  # need the policy only
+    assert set(evaluate(bare, encoder, config=EvaluationConfig(shots=4, draws=1, methods=alone))["tasks"]["spam"]) == {
+        *alone
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*examples repeat others")
+def test_repeated_rows_count_once_for_every_method(policy, encoder):
+    """Of one adapter, `generated` without a choice and the raw rollout, the heads are the same."""
+    task = TASKS[0]
+    train, test = task.split("train"), task.split("test")
+    rows = [*range(6)] + [0] * 10 + [1] * 6
+    texts, labels = zip(*((train.texts[i], train.labels[i]) for i in rows), strict=True)
+    examples = Examples((*texts, *test.texts), (*labels, *test.labels), train.label_names)
+    repeated = Task("repeated", examples, ("train",) * len(rows) + ("test",) * len(test))
+    config = EvaluationConfig(shots=20, draws=1, methods=("generated", "generated_raw"))
+    found = evaluate(policy, encoder, [repeated], config=config, generation=GenerationConfig(choose=False))
+    scored = found["tasks"]["repeated"]
+    assert scored["generated"]["per_draw"] == scored["generated_raw"]["per_draw"]
+    assert scored["generated"]["macro_f1"] == scored["generated_raw"]["macro_f1"]

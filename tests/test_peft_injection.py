@@ -56,6 +56,29 @@ def test_a_support_set_that_does_not_do_leaves_the_model_alone(world, base, tmp_
     assert names(base) == before
 
 
+def test_excluded_modules_leave_the_model_alone(world, base):
+    before = names(base)
+    with pytest.raises(ValueError, match="`exclude_modules`.* leaves out .*query"):
+        get_peft_model(base, configuration(world, exclude_modules=["query"]))
+    assert names(base) == before
+
+
+def test_a_merged_adapter_is_named_before_another_is_generated(world, base):
+    model = get_peft_model(base, configuration(world))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="one is merged into .*; unmerge it first"):
+        model.add_adapter("other", configuration(world))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_rows_without_a_split_are_for_training(world, base, tmp_path):
+    rows = [{**row, "split": None} for row in tiny.build_rows()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    mine = matrices(get_peft_model(base, configuration(world, support=str(tmp_path / "rows.jsonl"))))
+    theirs = matrices(get_peft_model(load_base(world), configuration(world)))
+    assert all(map(torch.equal, mine, theirs))
+
+
 @pytest.mark.parametrize("support", [True, False])
 def test_more_steps_than_the_policy_has_leave_the_model_alone(support, world, base):
     before = names(base)

@@ -383,6 +383,24 @@ def test_everything_wrong_with_an_adapter_is_named(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_an_adapter_that_changes_nothing_is_exported_where_that_is_meant(folders, tmp_path):
+    model = get_peft_model(tiny.build_bert(), LoHpConfig(policy=str(folders / "policy")))
+    with pytest.raises(ValueError, match="every update is zero.*pass `allow_identity=True`"):
+        save_uniform_lora(model, tmp_path)
+    save_uniform_lora(model, tmp_path, allow_identity=True)
+    assert not any(
+        tensor.any() for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items() if "_B" in name
+    )
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS"])
+def test_tensors_for_a_model_with_a_head_are_refused(task_type, policy, tokenizer):
+    """They would be loaded without a word and change nothing."""
+    made = generate_adapter(policy, tiny.build_bert(), tokenizer, ROWS, RAW)
+    with pytest.raises(ValueError, match=f"`task_type` is '{task_type}', but this adapter names modules"):
+        made.to_tensors(task_type=task_type)
+
+
 def test_a_head_of_before_does_not_stay(tmp_path):
     head = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
     GenerationRecord({"seed": 0}, head).write(tmp_path)

@@ -140,6 +140,38 @@ def test_a_trained_copy_of_another_module_is_refused_where_the_head_would_not_se
         model.generate_adapter(build_rows(), tokenizer=tokenizer, policy=policy)
 
 
+def test_trained_tokens_are_refused_where_the_head_would_not_see_them(bert, policy, tokenizer):
+    config = {"trainable_token_indices": [5, 6], "task_type": "FEATURE_EXTRACTION", **TARGETS}
+    model = get_peft_model(bert, LoHpConfig(**config))
+    model.generate_adapter(build_rows(), tokenizer=tokenizer, policy=policy)
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data.add_(1)
+    with pytest.raises(ValueError, match=r"has trained \['embeddings.word_embeddings.*`trainable_token_indices`"):
+        model.generate_adapter(build_rows(), tokenizer=tokenizer, policy=policy)
+
+
+@pytest.mark.filterwarnings("ignore:.*truncated")
+def test_long_texts_are_cut_at_their_end_whatever_the_tokenizer_does(bert, policy, tokenizer):
+    rows = [{**row, "text": row["text"] + " word1" * 100} for row in build_rows()]
+    expected = generate_adapter(policy, bert, tokenizer, rows)
+    tokenizer.truncation_side = "left"
+    found = generate_adapter(policy, bert, tokenizer, rows)
+    torch.testing.assert_close(found.state, expected.state, rtol=0, atol=0)
+    assert tokenizer.truncation_side == "left"
+
+
+def test_a_classifier_that_returns_tuples_is_solved(policy, tokenizer):
+    made = []
+    for return_dict in (True, False):
+        model = build_bert_classifier()
+        model.config.return_dict = return_dict
+        model = get_peft_model(model, LoHpConfig(**CLASSIFIER))
+        model.generate_adapter(build_rows(), tokenizer=tokenizer, policy=policy)
+        made.append(model.get_base_model().classifier.modules_to_save["default"].weight)
+    assert torch.equal(*made)
+
+
 def test_an_unfit_classifier_is_found_before_injection(tmp_path, tokenizer):
     class Head(nn.Module):
         def __init__(self):

@@ -35,7 +35,7 @@ class GenerationRecord:
     """What an adapter folder says of its generation beside the adapter itself.
 
     Args:
-        provenance: Values that JSON can hold; no texts.
+        provenance: Values that JSON can hold (a `TypeError` or `ValueError` where it cannot); no texts.
         head: `weight` (classes, d) and `bias` (classes,) of the classifier on pooled embeddings, or `None`.
         weights: Fingerprints of the weights that it tells of; `None` where they are sure to lie in the folder.
     """
@@ -43,6 +43,9 @@ class GenerationRecord:
     provenance: Mapping[str, Any]
     head: Mapping[str, Tensor] | None = None
     weights: Fingerprints | None = None
+
+    def __post_init__(self) -> None:
+        json.dumps(self.provenance, allow_nan=False)  # a mistake shows here, not once half of a folder is saved
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write `lohp_provenance.json` and, where there is a head, `head.safetensors`, beside the weights they tell of.
@@ -217,7 +220,9 @@ def save_plain_lora(
     return folder
 
 
-def save_uniform_lora(model: PeftModel, folder: str | os.PathLike, adapter_name: str = "default") -> Path:
+def save_uniform_lora(
+    model: PeftModel, folder: str | os.PathLike, adapter_name: str = "default", *, allow_identity: bool = False
+) -> Path:
     """Write an adapter of a model in the form that servers and hot swapping need.
 
     One rank (smaller ones are padded), scaling 1 (folded into `lora_B`), no patterns and no `modules_to_save`.
@@ -226,6 +231,7 @@ def save_uniform_lora(model: PeftModel, folder: str | os.PathLike, adapter_name:
         model: Model with a LoRA or LOHP adapter on linear layers.
         folder: Folder to write. Not one inside a trainer's checkpoint, which would read it as another adapter.
         adapter_name: The adapter.
+        allow_identity: See `save_plain_lora`.
 
     Returns:
         The folder.
@@ -260,7 +266,7 @@ def save_uniform_lora(model: PeftModel, folder: str | os.PathLike, adapter_name:
     name = current.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None) or None
     task_type = current.task_type if current.modules_to_save is None else None
     config = plain_lora_config(name, adapter, rank, task_type, fan_in_fan_out=current.fan_in_fan_out)
-    return save_plain_lora(folder, adapter, config)
+    return save_plain_lora(folder, adapter, config, allow_identity=allow_identity)
 
 
 def unsupported_options(config: LoraConfig) -> list[str]:

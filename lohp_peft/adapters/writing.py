@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import get_bnb_param_type
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -223,10 +224,17 @@ def check_untrained(model: nn.Module, adapter_name: str) -> None:
             )
         )
     ]
+    changed += [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, TrainableTokensLayer)
+        and adapter_name in module.trainable_tokens_delta
+        and not module.trainable_tokens_delta[adapter_name].equal(module.trainable_tokens_original[adapter_name])
+    ]
     if changed:
         raise ValueError(
             f"The head is solved on the base model's own weights, but adapter {adapter_name!r} has trained {changed} "
-            "(`modules_to_save`). Generate before you train them."
+            "(`modules_to_save`, `trainable_token_indices`). Generate before you train them."
         )
 
 
@@ -275,7 +283,7 @@ def classifier_features(model: nn.Module, linear: nn.Linear, batches: Iterable[d
     handle = linear.register_forward_hook(lambda _module, args, _output: args[0])
     try:
         with evaluating(model):
-            return torch.cat([model(**batch).logits.float() for batch in batches])
+            return torch.cat([model(**batch, return_dict=True).logits.float() for batch in batches])
     finally:
         handle.remove()
 

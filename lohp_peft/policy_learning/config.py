@@ -1,9 +1,9 @@
 """Configuration of stage 2."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
-from lohp_peft.fields import document_fields
+from lohp_peft.fields import document_fields, take_whole_numbers
 from lohp_peft.policy.config import NUM_HEADS
 from lohp_peft.tasks.heads import HEADS
 
@@ -89,10 +89,7 @@ class PolicyLearningConfig:
     seed: int = _field(0, "seed of everything")
 
     def __post_init__(self) -> None:
-        whole = [f.name for f in fields(self) if f.type in (int, "int") and type(getattr(self, f.name)) is not int]
-        if whole:
-            found = {name: getattr(self, name) for name in whole}
-            raise ValueError(f"Policy learning: whole numbers are needed, got {found}.")
+        take_whole_numbers(self)
         problems = []
         choices_of = {"preset": PRESETS, "mode": MODES, "reference": REFERENCES, "head": HEADS}
         choices_of["mixed_precision"] = ("no", "bf16")

@@ -24,7 +24,7 @@ class Examples:
         texts_b: `n` second texts for pair tasks, or `None`.
 
     Raises:
-        ValueError: When the lengths differ, or a label is no int or out of range, naming all.
+        ValueError: When the lengths differ, a text or name is no string, names repeat, or a label is no int or out of range.
     """
 
     texts: tuple[str, ...]
@@ -33,12 +33,21 @@ class Examples:
     texts_b: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("texts", "labels", "label_names", "texts_b"):
+            if (values := getattr(self, name)) is not None and not isinstance(values, tuple):
+                object.__setattr__(self, name, tuple(values))
         sides = {"labels": len(self.labels)}
         if self.texts_b is not None:
             sides["texts_b"] = len(self.texts_b)
         wrong = {name: size for name, size in sides.items() if size != len(self.texts)}
         if wrong:
             raise ValueError(f"Examples need one entry per text: {len(self.texts)} texts, but got {wrong}.")
+        texts = {"texts": self.texts, "label_names": self.label_names, "texts_b": self.texts_b or ()}
+        unread = {name: sorted({type(x).__name__ for x in xs if not isinstance(x, str)}) for name, xs in texts.items()}
+        if unread := {name: found for name, found in unread.items() if found}:
+            raise ValueError(f"Examples hold strings, got {unread}.")
+        if len(set(self.label_names)) < len(self.label_names):
+            raise ValueError(f"Label names must differ, got {list(self.label_names)}.")
         kinds = sorted({type(y).__name__ for y in self.labels if not isinstance(y, Integral)})
         if kinds:
             raise ValueError(f"Labels must be class indices, ints, got {', '.join(kinds)}.")
@@ -99,9 +108,15 @@ class Examples:
             The examples.
 
         Raises:
+            TypeError: When `rows` are no rows, such as a path or a mapping of columns.
             ValueError: Naming every malformed row: no text, an empty text, no label or none of the dataset's classes, or pairs
                 mixed with single texts.
         """
+        if isinstance(rows, str | bytes | Path | Mapping) or hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+            raise TypeError(
+                f"Examples are rows {{'text', 'label'}}, got {type(rows).__name__}. Read a file with `Task.from_jsonl`, make rows of "
+                "a table with `table.to_dict('records')`."
+            )
         named = getattr((getattr(rows, "features", None) or {}).get("label"), "names", None)
         rows = list(rows)
         problems = []

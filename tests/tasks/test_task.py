@@ -1,5 +1,6 @@
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +81,31 @@ def test_examples_check_their_sizes_and_labels():
         Examples(("x", "y"), (0,), ("a",), ("1", "2", "3"))
     with pytest.raises(ValueError, match=r"Labels must be in 0..1 \(2 names\), got \[-1, 2\]"):
         Examples(("x", "y", "z"), (2, 0, -1), ("a", "b"))
+
+
+def test_examples_keep_tuples_of_strings():
+    examples = Examples(["x", "y"], np.array([1, 0]), ["a", "b"])
+    assert (examples.texts, examples.labels, examples.label_names) == (("x", "y"), (1, 0), ("a", "b"))
+    with pytest.raises(
+        ValueError, match=r"Examples hold strings, got {'texts': \['int'\], 'texts_b': \['NoneType'\]}"
+    ):
+        Examples(("x", 3), (0, 1), ("a", "b"), ("y", None))
+    with pytest.raises(ValueError, match=r"Label names must differ, got \['a', 'a'\]"):
+        Examples(("x", "y"), (0, 1), ("a", "a"))
+
+
+@pytest.mark.parametrize("rows", ["file.jsonl", Path("file.jsonl"), {"text": ["x"], "label": [1]}, b"x"], ids=repr)
+def test_what_is_no_rows_is_told_at_once(rows):
+    with pytest.raises(TypeError, match="Examples are rows {'text', 'label'}, got .*Task.from_jsonl.*to_dict"):
+        Examples.from_rows(rows)
+
+
+def test_a_table_is_told_how_to_become_rows():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"text": ["x", "y"], "label": [0, 1]})
+    with pytest.raises(TypeError, match="got DataFrame"):
+        Examples.from_rows(table)
+    assert len(Examples.from_rows(table.to_dict("records"))) == 2
 
 
 def test_class_indices_are_ints():
