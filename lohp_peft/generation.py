@@ -27,7 +27,7 @@ from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConf
 from lohp_peft.cards import adapter_card_of, write_card
 from lohp_peft.hub import PushReport, find_policy, push_folder
 from lohp_peft.policy import LoHpPolicy
-from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, tokenizer_fingerprint
+from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, tokenizer_problems
 from lohp_peft.tasks.requirements import check_base_model
 
 Support = Examples | Iterable[Mapping[str, Any]]
@@ -226,11 +226,7 @@ def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed
             f"got {name!r} ({found[:12]}) in {getattr(base_model, 'dtype', 'an unknown type')}; the same weights in another "
             "type or quantised are another base model"
         )
-    found = tokenizer_fingerprint(tokenizer)
-    if config.tokenizer_fingerprint and found != config.tokenizer_fingerprint:
-        problems.append(
-            f"the policy's tokenizer has fingerprint {config.tokenizer_fingerprint[:12]}, got {found[:12]}"
-        )
+    problems += tokenizer_problems(tokenizer, config.tokenizer_fingerprint, config.tokenizer_reading)
     if problems:
         raise ValueError(
             "The policy does not fit: " + "; ".join(problems) + ". Load what the policy was trained with."

@@ -25,7 +25,8 @@ class LoHpPolicyConfig(PretrainedConfig):
         r (`int`): Rank of the adapters.
         base_model_name (`str`): Where the base model came from.
         base_fingerprint (`str`): Fingerprint of the base model; generation refuses any other.
-        tokenizer_fingerprint (`str`): Fingerprint of the tokenizer.
+        tokenizer_fingerprint (`str`): Fingerprint of the tokenizer's vocabulary; generation refuses any other.
+        tokenizer_reading (`str`): Fingerprint of how it reads texts; empty where that was not recorded.
         pooling (`str`): How sentence embeddings are pooled.
         max_text_length (`int`): Longest text, in tokens.
         head (`str`): Closed-form head the policy was trained with.
@@ -62,6 +63,7 @@ class LoHpPolicyConfig(PretrainedConfig):
         base_model_name: str = "",
         base_fingerprint: str = "",
         tokenizer_fingerprint: str = "",
+        tokenizer_reading: str = "",
         pooling: str = "mean",
         max_text_length: int = 128,
         head: str = "ridge",
@@ -118,6 +120,7 @@ class LoHpPolicyConfig(PretrainedConfig):
             "base_model_name": base_model_name,
             "base_fingerprint": base_fingerprint,
             "tokenizer_fingerprint": tokenizer_fingerprint,
+            "tokenizer_reading": tokenizer_reading,
             "pooling": pooling,
             "head": head,
             "preset": preset,
@@ -141,7 +144,7 @@ class LoHpPolicyConfig(PretrainedConfig):
         self.layout = layout or {"modules": []}
         self.space_kind, self.r = space_kind, r
         self.base_model_name, self.base_fingerprint = base_model_name, base_fingerprint
-        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.tokenizer_fingerprint, self.tokenizer_reading = tokenizer_fingerprint, tokenizer_reading
         self.pooling, self.max_text_length, self.head, self.ridge = pooling, max_text_length, head, ridge
         self.policy_steps, self.embedding_size = policy_steps, embedding_size
         self.principal_directions, self.module_features = principal_directions, module_features

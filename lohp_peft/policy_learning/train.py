@@ -33,6 +33,7 @@ from lohp_peft.tasks import (
     TextEncoder,
     contrast_groups,
     fit_reference,
+    reading_fingerprint,
     tokenizer_fingerprint,
 )
 from lohp_peft.tasks.requirements import check_gradients, frozen
@@ -261,6 +262,7 @@ def build_policy(
     settings.optimizers = list(recordings.optimizer_names)
     settings.pooling, settings.max_text_length = encoder.pooling, encoder.max_length
     settings.tokenizer_fingerprint = tokenizer_fingerprint(encoder.tokenizer)
+    settings.tokenizer_reading = reading_fingerprint(encoder.tokenizer)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.default_generator.manual_seed(config.seed)
         policy = LoHpPolicy(settings)

@@ -3,7 +3,12 @@
 from lohp_peft.tasks.bank import TaskBank
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
 from lohp_peft.tasks.features import TaskFeatures, TextStatistics, fit_reference, task_features
-from lohp_peft.tasks.fingerprint import task_fingerprint, tokenizer_fingerprint
+from lohp_peft.tasks.fingerprint import (
+    reading_fingerprint,
+    task_fingerprint,
+    tokenizer_fingerprint,
+    tokenizer_problems,
+)
 from lohp_peft.tasks.gradient_steps import VerifiedSteps, leave_one_out_steps, verified_steps
 from lohp_peft.tasks.heads import HEADS, Head, calibrated_cross_entropy, leave_one_out_loss, solve_head
 from lohp_peft.tasks.task import Examples, Task, balanced_rows, draw
@@ -30,9 +35,11 @@ __all__ = [
     "fit_reference",
     "leave_one_out_loss",
     "leave_one_out_steps",
+    "reading_fingerprint",
     "solve_head",
     "task_features",
     "task_fingerprint",
     "tokenizer_fingerprint",
+    "tokenizer_problems",
     "verified_steps",
 ]

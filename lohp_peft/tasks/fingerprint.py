@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 from lohp_peft.files import sha256
 from lohp_peft.tasks.task import Task
 
+PROBE = "The café, in 1942: GREAT 'Coffee'!"
 _FINGERPRINTS: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -21,6 +22,37 @@ def tokenizer_fingerprint(tokenizer) -> str:
         found = sha256(json.dumps(vocabulary).encode())
         _FINGERPRINTS[tokenizer] = len(tokenizer), found
     return found
+
+
+def reading_fingerprint(tokenizer) -> str:
+    """The SHA-256 of the tokens of a text with capitals, accents, digits and marks, special tokens included.
+
+    Two tokenizers of one vocabulary may read it differently, as with and without lower-casing.
+
+    Args:
+        tokenizer: The tokenizer.
+
+    Returns:
+        The digest, in hexadecimal.
+    """
+    return sha256(json.dumps([int(token) for token in tokenizer(PROBE)["input_ids"]]).encode())
+
+
+def tokenizer_problems(tokenizer, fingerprint: str, reading: str) -> list[str]:
+    """What keeps a tokenizer from being the one with these fingerprints; an empty one was not recorded.
+
+    Args:
+        tokenizer: The tokenizer.
+        fingerprint: From `tokenizer_fingerprint`.
+        reading: From `reading_fingerprint`.
+    """
+    found = tokenizer_fingerprint(tokenizer)
+    if fingerprint and found != fingerprint:
+        return [f"the policy's tokenizer has fingerprint {fingerprint[:12]}, got {found[:12]}"]
+    if reading and reading_fingerprint(tokenizer) != reading:
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer(PROBE)["input_ids"])
+        return [f"the tokenizer has the vocabulary of the policy's, but reads texts as others: {PROBE!r} as {tokens}"]
+    return []
 
 
 def task_fingerprint(task: Task) -> str:

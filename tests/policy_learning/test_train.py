@@ -13,7 +13,7 @@ from lohp_peft.adapters import AdapterLayout, CoreSpace, LoraBSpace, ModuleSpec,
 from lohp_peft.hub import check_folder
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.policy_learning import PolicyLearningConfig, plan_training, train_policy
-from lohp_peft.tasks import TextEncoder, tokenizer_fingerprint
+from lohp_peft.tasks import TextEncoder, reading_fingerprint, tokenizer_fingerprint
 from lohp_peft.trajectories import TrajectoryDataset
 from policy_learning.conftest import TASKS, assert_same_weights, build_dataset, build_trajectory, tiny_config
 from tiny import build_encoder, build_task
@@ -39,6 +39,7 @@ def test_recordings_in_policy_out(encoder, dataset, tmp_path):
     assert config.base_model_name == "someone/tiny"
     assert config.base_fingerprint == base_model_fingerprint(encoder.base_model)
     assert config.tokenizer_fingerprint == tokenizer_fingerprint(encoder.tokenizer)
+    assert config.tokenizer_reading == reading_fingerprint(encoder.tokenizer)
     assert config.optimizers == ["adamw", "sam"]
     assert set(config.provenance["training_tasks"]) == {"spam", "ham", "mood"}
     assert config.provenance["validation_tasks"] == ["news"]
