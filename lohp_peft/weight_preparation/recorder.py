@@ -163,6 +163,13 @@ class TrajectoryRecorder(TrainerCallback):
         evaluated = any(LOSS_KEY in entry and entry.get("step") == state.global_step for entry in state.log_history)
         if not self._snapshots or evaluated or state.global_step % self.record_every == 0:
             self._take(state)
+        if state.global_step == 0 and any(
+            a.any() and b.any() for a, b in adapter.adapter(self._snapshots[0]).values()
+        ):
+            logger.warning(
+                "This run starts from an adapter that is not zero; policy learning will leave it out, because a policy starts from "
+                "none. Record it from a fresh adapter."
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

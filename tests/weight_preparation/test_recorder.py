@@ -100,6 +100,17 @@ def test_a_run_that_stage_2_would_leave_out_is_said(tmp_path, caplog):
     assert "leave the run out" not in caplog.text
 
 
+def test_a_run_that_starts_from_an_adapter_is_said_before_it_runs(tmp_path, caplog):
+    class Look(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            assert ("starts from an adapter that is not zero" in caplog.text) == warm
+
+    model = lora_model()
+    for warm in (False, True):  # what was trained is trained further
+        caplog.clear()
+        train(tmp_path / "run", TrajectoryRecorder(tmp_path / f"{warm}", "toy"), model=model, callbacks=[Look()])
+
+
 def test_modules_have_the_names_of_the_model_without_a_head():
     torch.manual_seed(0)
     model = BertForSequenceClassification(build_base_model().config)
