@@ -48,13 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         path = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     task = Task.from_jsonl(options.task)
     train, test = tokenize(task.split("train"), tokenizer), tokenize(task.split("test"), tokenizer)
 
     for optimizer in options.optimizers:
-        torch.manual_seed(0)  # one start, so that the runs share their lora_A and with it most of their directions
+        torch.manual_seed(0)  # one start of lora_A, so that the runs share many of their directions
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=task.examples.n_classes)
-        model = get_peft_model(model, LoraConfig(r=8, task_type="SEQ_CLS", target_modules=["query", "value"]))
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model = get_peft_model(model, LoraConfig(r=8, task_type="SEQ_CLS"))
         recorder = TrajectoryRecorder(options.output / "trajectories", task=task.name, record_every=5)
         training = TrainingArguments(
             output_dir=str(options.output / optimizer),
@@ -86,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table.add_row(f"{number}: {run.optimizer}", str(int(step)), f"{state.norm():.3f}", shown)
         table.add_section()
     console.print(table)
-    console.print(f"Share of the last run's update that the weight space holds: {recorder.report.energy_kept:.0%}")
+    report = recorder.report
+    console.print(f"Share of the update of {report.key} that the weight space holds: {report.energy_kept:.0%}")
     console.print(f"Trajectories: {options.output / 'trajectories'}")
 
 

@@ -18,10 +18,19 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModel, AutoTokenizer  # noqa: E402
 
 
+def pooled(tokens: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Embeddings of texts from those of their tokens, as the policy reads them."""
+    if pooling == "mean":
+        return (tokens * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+    rows = torch.arange(len(tokens))
+    return tokens[:, 0] if pooling == "first" else tokens[rows, mask.shape[1] - 1 - mask.flip(1).argmax(1)]
+
+
 def predict(texts: list[str], adapter: Path, base_model: str) -> list[str]:
     """The labels of texts."""
     about = json.loads((adapter / "lohp_provenance.json").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = PeftModel.from_pretrained(AutoModel.from_pretrained(base_model), adapter).eval()
     head = load_file(adapter / "head.safetensors")
     found: list[str] = []
@@ -35,8 +44,7 @@ def predict(texts: list[str], adapter: Path, base_model: str) -> list[str]:
         )
         with torch.no_grad():
             tokens = model(**batch).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1)
-        x = (tokens * mask).sum(1) / mask.sum(1)
+        x = pooled(tokens, batch["attention_mask"], about["pooling"])
         logits = torch.nn.functional.normalize(x, dim=-1) @ head["weight"].T + head["bias"]
         found += [about["label_names"][i] for i in logits.argmax(-1).tolist()]
     return found

@@ -38,7 +38,7 @@ class LoHpConfig(LoraConfig):
     """This is the configuration class to store the configuration of a [`LoHpModel`].
 
     It is a `LoraConfig` with the name of a policy. `r`, `lora_alpha` and `target_modules` left at their defaults come
-    from the policy; without a policy the method is plain LoRA.
+    from the policy; without a policy the method computes what LoRA does, and is saved under its own type.
 
     Args:
         policy (`str`):

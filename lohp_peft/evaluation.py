@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from lohp_peft.baselines import AdamWBaseline
 from lohp_peft.fields import document_fields, take_whole_numbers
 from lohp_peft.generation import GenerationConfig, as_trained, encoder_for, generate_adapters, load_policy
 from lohp_peft.policy import LoHpPolicy, ReferenceSet, rollout
+from lohp_peft.progress import Work
 from lohp_peft.tasks import Examples, Head, Task, TaskFeatures, TextEncoder, draw, solve_head, task_features
 from lohp_peft.tasks.encoder import EncodedTexts
 
@@ -117,17 +117,23 @@ def evaluate_tasks(
     names = [task.name for task in tasks]
     if shared := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Tasks need names of their own, by which scores are returned; several are called {shared}.")
+    lacking = [
+        f"task {task.name!r} has no rows in split {split!r} (its splits: {sorted(set(task.splits))})"
+        for task in tasks
+        for split in ("train", "test")
+        if split not in task.splits
+    ]
+    if lacking:
+        raise ValueError(f"Evaluation draws from split train and scores on split test, but {'; '.join(lacking)}.")
     config = config or EvaluationConfig(shots=shots, draws=draws, seed=seed)
     generation = generation or GenerationConfig()
     policy = load_policy(policy)
     encoder = encoder_for(policy, base_model, tokenizer, generation.mixed_precision)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = {}
-    shown = Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True))
-    with as_trained(policy, base_model), shown as progress:
+    with as_trained(policy, base_model), Work(console or Console(stderr=True)) as progress:
         bar = progress.add_task("evaluation", total=len(tasks) * config.draws)
         for task in tasks:
-            progress.update(bar, description=f"evaluation | {task.name}")
+            progress.update(bar, note=task.name)
             one = _TaskEvaluation(policy, encoder, task, config, generation)
             for number in range(config.draws):
                 one.run_draw(number)

@@ -221,8 +221,10 @@ def test_errors(policy, encoder):
         EvaluationConfig(methods=("none", "sgd"), shots=1, draws=0)
     with pytest.raises(ValueError, match=r"^Evaluation: `max_test` .* got 0; `adamw_steps` .* got 1 and 0\.$"):
         EvaluationConfig(max_test=0, adamw_steps=1, adamw_learning_rate=0)
-    with pytest.raises(ValueError, match="no rows in split 'test'"):
-        evaluate(policy, encoder, [build_task("spam")])
+    with pytest.raises(ValueError, match=r"'spam' has no rows in split 'test' \(its splits: \['train'\]\); task 'b'"):
+        evaluate(
+            policy, encoder, [TASKS[1], build_task("spam"), build_task("b")], on_task=lambda *_: pytest.fail("scored")
+        )
     bare = build_policy(encoder)
     with pytest.raises(ValueError, match="'mean_adapter' needs the policy's reference set"):
         evaluate(bare, encoder, config=EvaluationConfig(shots=4, methods=("mean_adapter",)))

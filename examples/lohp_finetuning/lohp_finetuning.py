@@ -60,6 +60,8 @@ def train_model(
     model = AutoModelForSequenceClassification.from_pretrained(
         base_model, num_labels=len(names), id2label=names, label2id={name: i for i, name in names.items()}
     ).to(device)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which it tells where a text ends
 
     # The adapter. With a policy nothing is trained here: forward passes over the support set, and a head in closed form.
     lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=16, lora_alpha=16, target_modules="all-linear")

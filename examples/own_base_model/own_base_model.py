@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     base = options.base_model or str(cut_minilm(options.output / "base", options.keep_layers))
     model, tokenizer = AutoModel.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     console = Console()
 
     layout = AdapterLayout.from_model(model, options.target_modules, options.layers)
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         generate_adapter(policy, model, tokenizer, Task.from_jsonl(TASK).draw_support(4, seed=0))
         console.print(f"The policy {options.policy!r} is this base model's: generate with it.")
     except ValueError as error:
+        if policy.config.base_fingerprint == base_model_fingerprint(model):
+            raise  # it is this model's, and something else is wrong
         console.print(
             f"The policy {options.policy!r} is not for it, so it needs one of its own. {error}", markup=False
         )

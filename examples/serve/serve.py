@@ -14,17 +14,21 @@ from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from rich.console import Console
 from transformers import AutoModel, AutoTokenizer
 
-from lohp_peft import LoHpPolicy, Task, generate_adapters
+from lohp_peft import LoHpPolicy, LoHpPolicyConfig, Task, generate_adapters
 
 TASKS = Path(__file__).resolve().parents[1] / "tasks"
 
 
 @torch.no_grad()
-def embed(model, tokenizer, texts: Sequence[str], **adapters) -> torch.Tensor:
-    """Mean-pooled embeddings, shape (texts, d), as the heads expect them."""
-    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=128, return_tensors="pt")
-    tokens, mask = model(**batch, **adapters).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
-    return (tokens * mask).sum(1) / mask.sum(1)
+def embed(model, tokenizer, texts: Sequence[str], reading: LoHpPolicyConfig, **adapters) -> torch.Tensor:
+    """Embeddings, shape (texts, d), read and pooled as the policy does, on which the heads are solved."""
+    length = reading.max_text_length
+    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+    tokens, mask = model(**batch, **adapters).last_hidden_state, batch["attention_mask"]
+    if reading.pooling == "mean":
+        return (tokens * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return tokens[:, 0] if reading.pooling == "first" else tokens[torch.arange(len(tokens)), last]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[str]]:
@@ -44,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[str]]:
 
         path = str(get_model_path())
     tokenizer, console = AutoTokenizer.from_pretrained(path), Console()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     # All adapters in one batch of the policy, each in the form that vLLM, SGLang and hot swapping take.
     supports = [Task.from_jsonl(TASKS / f"{name}.jsonl").draw_support(options.shots, seed=0) for name in options.tasks]
@@ -63,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[str]]:
     for name in options.tasks[1:]:
         model.load_adapter(options.output / name, adapter_name=name)
     rows = [(text, name) for text in options.texts for name in made]
-    mixed = embed(model, tokenizer, [text for text, _ in rows], adapter_names=[name for _, name in rows])
+    names = [name for _, name in rows]
+    mixed = embed(model, tokenizer, [text for text, _ in rows], policy.config, adapter_names=names)
     answers: dict[str, list[str]] = {text: [] for text in options.texts}
     for (text, name), row in zip(rows, mixed, strict=True):
         label = made[name].label_names[made[name].head.logits(row[None]).argmax()]
@@ -78,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[str]]:
         tensors = {key.replace(".weight", ".default.weight"): tensor for key, tensor in tensors.items()}
         hotswap_adapter_from_state_dict(slot, tensors, "default", config=LoraConfig.from_peft_type(**config))
         wanted = torch.stack([row for (_, task), row in zip(rows, mixed, strict=True) if task == name])
-        apart = float((embed(slot, tokenizer, options.texts) - wanted).abs().max())
+        apart = float((embed(slot, tokenizer, options.texts, policy.config) - wanted).abs().max())
         console.print(f"{name}, swapped in: largest difference from the mixed batch {apart:.0e}")
     return answers
 

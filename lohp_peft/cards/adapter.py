@@ -237,6 +237,7 @@ from transformers import AutoModel, AutoTokenizer
 
 folder = snapshot_download("{location}")  # or the path of a local copy
 tokenizer = AutoTokenizer.from_pretrained("{base}")
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), folder).eval()
 head = load_file(f"{{folder}}/head.safetensors")
 labels = {json.dumps(labels)}

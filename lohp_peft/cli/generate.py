@@ -40,4 +40,8 @@ def generate(
     if json:
         write_json(generated.report.to_dict())
     else:
+        report = generated.report
         typer.echo(f"Wrote a LoRA from {len(support)} examples of {support.n_classes} classes to {output}.")
+        typer.echo(f"Chosen: {report.chosen}. {report.reason}")
+        if report.abstained:
+            typer.echo("It changes nothing of the base model; only the head is the task's.")

@@ -53,6 +53,13 @@ def load_base_model(name: str) -> tuple[Any, Any]:
         missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # which is not read
         if missing:
             raise ValueError(f"it lacks the weights {', '.join(missing)}")
+    except OSError as error:
+        there = (
+            "is a folder that cannot be loaded"
+            if Path(path).is_dir()
+            else "is no folder, and no repository was fetched"
+        )
+        raise OSError(f"The base model {name} {there}: {error}") from error
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
             f"The base model {name} or its tokenizer cannot be loaded, a file may be damaged: {error}"

@@ -41,12 +41,16 @@ def train(
     from lohp_peft.policy_learning import PolicyLearningConfig, plan_training, train_policy
     from lohp_peft.tasks import TextEncoder
     from lohp_peft.trajectories import TrajectoryDataset
+    from lohp_peft.trajectories.manifest import READING_KEY
 
     settings = read_config(PolicyLearningConfig, config, ctx.args, sets or ())
     tasks = load_tasks([*task, *(validation_task or ())])
     tasks, validation_tasks = tasks[: len(task)], tasks[len(task) :]
     dataset = TrajectoryDataset.from_pretrained(trajectories)
     if dry_run:
+        recorded = dataset.manifest.metadata.get(READING_KEY) or {}
+        reading = {**recorded, "pooling": pooling, "max_length": max_length}
+        dataset.check_matches(space=dataset.space, base_fingerprint=dataset.manifest.base_fingerprint, reading=reading)
         plan = asdict(plan_training(tasks, dataset, settings, validation_tasks))
         if json:
             write_json({"config": asdict(settings), "plan": plan})

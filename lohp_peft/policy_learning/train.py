@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback
 
@@ -25,6 +24,7 @@ from lohp_peft.policy_learning.processes import only_writer
 from lohp_peft.policy_learning.recordings import Recordings, fit_scales
 from lohp_peft.policy_learning.sources import check_sources, sources_record
 from lohp_peft.policy_learning.trainer import LoHpTrainer
+from lohp_peft.progress import Work
 from lohp_peft.tasks import (
     EpisodeSampler,
     Task,
@@ -167,7 +167,7 @@ def train_policy(
     check_sources(tasks, dataset, validation_tasks)
     recordings = Recordings.from_trajectories(list(dataset), config.policy_steps, config.final_weights_only)
     with only_writer(output_dir, accelerator), frozen(encoder.base_model):
-        with _progress(console, accelerator) as progress:
+        with Work(console, disable=not accelerator.is_main_process) as progress:
             bank, held_out = (
                 TaskBank(encoder, rows_per_task=config.rows_per_task, seed=config.seed) for _ in range(2)
             )
@@ -196,7 +196,7 @@ def train_policy(
                     history = _continue_log(output_dir / LOG_FILE, step) if accelerator.is_main_process else []
                 shown = {k: scalars[k] for k in ("cloning", "subtb", "path", "validation_accuracy") if k in scalars}
                 text = " ".join(f"{k} {v:.3f}" for k, v in shown.items())
-                progress.update(bar, completed=step, description=f"policy learning | {text}")
+                progress.update(bar, completed=step, note=text)
                 if accelerator.is_main_process and (step % LOG_EVERY == 0 or "validation_loss" in scalars):
                     with open(output_dir / LOG_FILE, "a", encoding="utf-8") as stream:
                         stream.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in scalars.items()}}) + "\n")
@@ -218,6 +218,7 @@ def train_policy(
             )
             progress.update(bar, total=trainer.total_steps)
             trainer.train(output_dir / "checkpoint")
+            progress.update(bar, completed=trainer.step)
         policy.reference_set = build_reference_set(policy, bank, recordings)
         policy.config.preset = config.preset
         policy.config.provenance = {
@@ -230,7 +231,12 @@ def train_policy(
         }
         if accelerator.is_main_process:
             policy.save_pretrained(output_dir)
-            console.print(_table(history or []))
+            if history is None:  # it had been finished before
+                history = _continue_log(output_dir / LOG_FILE, trainer.step + 1)
+                console.print("All training steps had been taken before.")
+            if history:
+                console.print(_table(history))
+            console.print(f"The policy is in {output_dir}.", markup=False, soft_wrap=True)
         accelerator.wait_for_everyone()
     return policy
 
@@ -347,11 +353,6 @@ def _continue_log(file: Path, step: int) -> list[dict[str, float]]:
                 kept.append(entry)
     write_atomically(file, "".join(f"{json.dumps(entry)}\n" for entry in kept).encode())
     return [entry for entry in kept if "validation_loss" in entry]
-
-
-def _progress(console: Console, accelerator: Accelerator) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not accelerator.is_main_process)
 
 
 def _table(history: Sequence[dict[str, float]]) -> Table:

@@ -111,7 +111,10 @@ def fit_reference(statistics: Sequence[TextStatistics], directions: int = 64) ->
     x = torch.cat([normalize(s.embeddings.float(), dim=-1) for s in statistics])
     directions = min(directions, x.shape[1])
     if len(x) < directions:
-        raise ValueError(f"{directions} principal directions need at least as many texts, got {len(x)}.")
+        raise ValueError(
+            f"{directions} principal directions need at least as many texts, got {len(x)}; give more tasks, or more texts of each "
+            "(`rows_per_task`)."
+        )
     mean = x.mean(0)
     _, _, axes = torch.linalg.svd(x - mean, full_matrices=False)
     axes = axes[:directions].T.contiguous()

@@ -1,6 +1,7 @@
 """A labelled text task: its rows, its splits, and seeded draws of a support set."""
 
 import gzip
+import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -261,7 +262,9 @@ def read_json_lines(path: Path) -> list[Any]:
                 if not line.strip():
                     continue
                 try:
-                    rows.append(parse_json(line))
+                    rows.append(parse_json(line.rstrip("\n")))
+                except json.JSONDecodeError as error:  # whose own line is that in a text of one line
+                    problems.append(f"line {number}: {error.msg} at column {error.colno}")
                 except ValueError as error:
                     problems.append(f"line {number}: {error}")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:

@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lohp_peft.adapters.layout import base_model_fingerprint
+from lohp_peft.progress import Work
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
 from lohp_peft.tasks.requirements import check_gradients, frozen
 from lohp_peft.tasks.task import Task
@@ -92,7 +92,7 @@ def prepare_trajectories(
     process.wait_for_everyone()  # nobody writes before all have seen the same pending tasks
     pending = [task for task in tasks if task.name not in recorded]
     reports: list[RunReport] = []
-    with frozen(encoder.base_model), _progress(console, process) as progress:
+    with frozen(encoder.base_model), Work(console, disable=not process.is_main_process) as progress:
         mine = _my_share(pending, process)
         bar = progress.add_task("weight preparation", total=len(mine) * len(config.optimizers) * len(config.seeds))
         for task in mine:
@@ -101,7 +101,7 @@ def prepare_trajectories(
             trajectories = []
             for optimizer in config.optimizers:
                 for seed in config.seeds:
-                    progress.update(bar, description=f"{task.name} | {optimizer}")
+                    progress.update(bar, note=f"{task.name}, {optimizer}")
                     trajectory, report = _record(task.name, encoder, chosen, encoded, optimizer, seed, config)
                     trajectories += [] if trajectory is None else [trajectory]
                     reports.append(report)
@@ -212,11 +212,6 @@ def _my_share(tasks: list[Task], process: Accelerator | PartialState) -> list[Ta
         return []
     with process.split_between_processes(tasks) as share:
         return list(share)
-
-
-def _progress(console: Console, process: Accelerator | PartialState) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not process.is_main_process)
 
 
 def _summary(reports: Sequence[RunReport], recorded: int) -> Table:

@@ -222,7 +222,8 @@ class TrajectoryRecorder(TrainerCallback):
         if self.report.energy_kept < LOW_ENERGY:
             logger.warning(
                 f"The weight space of {dataset.folder} holds only {self.report.energy_kept:.0%} of the last update of "
-                f"{key!r}. Record into bases of a higher rank, or train with a shared frozen lora_A."
+                f"{key!r}. Pass `space` with bases for all runs (`LoraBSpace` where they share a frozen lora_A), or keep "
+                "checkpoints and fit one space to all of them with `lohp-peft import-checkpoints`."
             )
         self._adapter = None
 

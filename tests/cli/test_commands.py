@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -137,7 +138,8 @@ def test_generate(monkeypatch, loaded, task_file, tmp_path):
         assert len(support) == 6
         assert config.seed == 5
         assert config.num_candidates == 3
-        report = SimpleNamespace(to_dict=lambda: {"seconds": 0.5})
+        told = {"chosen": "none", "reason": "It speaks against adapting.", "abstained": True}
+        report = SimpleNamespace(to_dict=lambda: {"seconds": 0.5}, **told)
         return SimpleNamespace(save_pretrained=lambda folder, **_: saved.append(folder), report=report)
 
     monkeypatch.setattr(generation, "generate_adapter", generate_adapter)
@@ -149,7 +151,9 @@ def test_generate(monkeypatch, loaded, task_file, tmp_path):
     assert json.loads(result.stdout) == {"seconds": 0.5}
     assert saved == [out]
     plain = [word for word in line if word not in ("--seed", "5")]
-    assert run(*plain, "--set", "seed=5").exit_code == 0
+    said = run(*plain, "--set", "seed=5")
+    assert said.exit_code == 0
+    assert "Chosen: none. It speaks against adapting.\nIt changes nothing of the base model" in said.output
     assert "`seed` is given more than once" in run(*line, "--set", "seed=5").stderr
 
     out.mkdir()
@@ -210,6 +214,11 @@ def test_prepare_then_train(base_folder, task_file, tmp_path, monkeypatch):
     assert plan["plan"]["trajectories"] == 1
     assert plan["config"]["cloning_steps"] == 2
     assert plan["config"]["training_steps"] == 1
+    otherwise = run(*line, "--dry-run", "--max-length", "32", "--pooling", "last")
+    assert otherwise.exit_code == 2
+    assert re.search(
+        "recorded with 'mean', got 'last'.*recorded with 128, got 32", otherwise.stderr.replace("\n", " ")
+    )
     assert not policy.exists()
 
     types = []
@@ -324,6 +333,17 @@ def test_prepare_mistakes(base_folder, task_file, tmp_path, extra, message):
     result = run(*line, *extra)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_a_base_model_that_is_nowhere_is_named(task_file, tmp_path):
+    line = ["--task", str(task_file), "--output", str(tmp_path / "out")]
+    for name in ("nowhere", "./now/here/at/all"):
+        result = run("generate", "--base-model", name, *line)
+        assert result.exit_code != 0
+        assert f"The base model {name} is no folder, and no repository was fetched" in result.stderr
+    (tmp_path / "empty").mkdir()
+    result = run("generate", "--base-model", str(tmp_path / "empty"), *line)
+    assert f"The base model {tmp_path / 'empty'}" in result.stderr
 
 
 def test_generate_names_the_nearest_key(loaded, task_file, tmp_path):

@@ -184,6 +184,21 @@ def test_a_provenance_that_json_cannot_hold_is_refused_before_any_work(encoder, 
     assert not (tmp_path / "policy").exists()
 
 
+def test_a_finished_training_is_said_to_be_and_shows_its_validations(encoder, dataset, tmp_path):
+    shown, settings = [], {"validate_every": 2}
+    for _ in range(2):
+        console = Console(file=io.StringIO(), width=200)
+        config = tiny_config(cloning_steps=2, training_steps=2, **settings)
+        more = {"validation_tasks": [build_task("news", seed=7, family="news")], "console": console}
+        train_policy(TASKS, encoder, dataset, tmp_path / "policy", config, **more)
+        shown.append(console.file.getvalue())
+    assert "4/4" in shown[1]
+    assert "All training steps had been taken before." in shown[1]
+    tables = [text[text.index("Policy learning: validation tasks") :] for text in shown]
+    assert tables[0] == tables[1]
+    assert str(tmp_path / "policy") in tables[0]
+
+
 def test_infinite_settings_come_back_from_the_record(encoder, dataset, tmp_path):
     train(encoder, dataset, tmp_path / "policy", {"refresh_kl": math.inf, "subtb_lambda": math.inf})
     settings = LoHpPolicy.from_pretrained(tmp_path / "policy").config.provenance["settings"]

@@ -152,7 +152,7 @@ def test_rows_without_a_split_are_for_training(tmp_path):
     ("rows", "message"),
     [
         ([], "task.jsonl is not JSON lines: it has no rows"),
-        (["{", ROWS[0], "no"], "task.jsonl is not JSON lines: line 1: .*line 3: "),
+        (["{", ROWS[0], "no"], "task.jsonl is not JSON lines: line 1: .* at column 2; line 3: .* at column 1"),
         ([{"text": "x"}], "Task file .*task.jsonl: 1 malformed support rows: row 0: 'label'"),
     ],
 )
