@@ -28,6 +28,7 @@ def hub(tmp_path, monkeypatch):
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", running.url)  # of an instance made at import
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # of one made at its first use
         monkeypatch.setenv("HF_TOKEN", "token-of-me")
         yield running
 
