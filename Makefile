@@ -5,11 +5,13 @@
 # make bench-small   a cut of the comparison with the field, under 15 minutes on 2 cores
 # make format  apply the formatter
 #
+# WORKERS says how many processes run the tests, 0 that it is one, as --pdb needs it.
 # PYTHON chooses the interpreter and VENV the virtual environment: make test PYTHON=python3.12 VENV=/some/folder
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 RUN := $(VENV)/bin/python
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -24,7 +26,7 @@ demo: $(VENV)/.stamp-demo
 
 test: $(VENV)/.stamp-test
 	@$(RUN) tests/peft_suite/fetch.py || echo "PEFT's own tests could not be fetched; their sample is skipped."
-	$(OFFLINE) $(RUN) -m pytest $(PYTEST_ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-peft: $(VENV)/.stamp-test
 	$(if $(PEFT),$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps peft==$(PEFT))

@@ -199,6 +199,11 @@ def _derived(column: Mapping[str, Any], key: str) -> str:
     return signed(column[key]) + ("" if error is None else f" +- {100 * error:.1f}")
 
 
+def by_seed(overall: Mapping[str, Any], method: str) -> str:
+    """A method's accuracy over all labelings of each training seed."""
+    return ", ".join(percent(seed["accuracy"][method]) for seed in overall["of_seeds"])
+
+
 def contrast(result: Mapping[str, Any]) -> str:
     """Every pair under both labelings, with what follows from it, and all of them together."""
     settings, overall = result["settings"], result["overall"]
@@ -215,11 +220,15 @@ def contrast(result: Mapping[str, Any]) -> str:
     ]
     notes = [
         f"{settings['shots']} examples per class, {settings['draws']} draws (+- standard error of their mean); domains and classes count "
-        f"alike. Specialists differ by a point or more on {overall['specialists_differ']} of {overall['labelings']} labelings."
+        f"alike. Specialists differ by a point or more on {overall['specialists_differ']} of {overall['labelings']} labelings.",
+        f"By training seed of the policy, of floor and of specialists: generated {by_seed(overall, 'ours')}, conditioned on the other "
+        f"labeling {by_seed(overall, 'ours_swapped')}, specialists {by_seed(overall, 'specialist')}, share of the way "
+        f"{', '.join(share(seed['share_of_the_way']) for seed in overall['of_seeds'])} %.",
     ]
     notes += [
         f"{name}: {', '.join(pair['domains'])}, {pair['test_texts']} test texts, at least "
-        f"{pair['fewest_test_texts_of_domain_and_class']} of each domain and class. {where(pair)}"
+        f"{pair['fewest_test_texts_of_domain_and_class']} of each domain and class. "
+        + " ".join(f"Seed {run['seed']}: {where(run)}" for run in pair["runs"])
         for name, pair in result["pairs"].items()
     ]
     header = ("accuracy, %", *(f"{name}, by {labeling}" for name, labeling in columns), "all")

@@ -10,7 +10,8 @@ tasks' adapters, `multi_task` the adapter that `compare.py` trained on all of th
 No test domain was trained on, but `stance_feminist` and `sarcasm_reddit` are validation tasks: the policy's settings were
 chosen with their help. `stance` and `sarcasm` have no further domains for choosing the step of floor and specialists:
 it is chosen on split test of their training domains. Every finished pair is a file in the work folder, so a run that was
-stopped is continued by the same command, and `multi_task` can be added later; the result holds all pairs that the folder has.
+stopped is continued by the same command, and `multi_task` can be added later. Further training seeds, `--policy OTHER --seed 1`,
+are further files; support sets are the same for all. The result holds all pairs and seeds that the folder has.
 """
 
 import argparse
@@ -19,10 +20,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
+from contrasted import over_seeds, standard_error, summarise
 from pools import Pool, load_domains, pool
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -56,8 +58,6 @@ LABELINGS = ("class", "domain")
 StatesOf = Callable[[Examples, str], dict[str, Tensor]]
 """By name the adapters that are scored on a support set under one labeling."""
 STATES = {"floor": LABELINGS, "specialist_class": ("class",), "specialist_domain": ("domain",)}
-POINT = 0.01
-"""Specialists are told apart, and shares of a distance taken, from here."""
 
 
 class Scorer:
@@ -102,7 +102,7 @@ def train_states(
 def _train(policy, bank, sampler, groups, labelings, validation: Scorer, options, advance) -> dict:
     state = torch.zeros(tuple(policy.space.shape), requires_grad=True)
     optimizer = torch.optim.AdamW([state], lr=options.learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(options.seed)
     supports = {
         name: [validation.pool.draw(options.shots, name, seed) for seed in range(options.validation_draws)]
         for name in labelings
@@ -174,11 +174,6 @@ def evaluate(scorer: Scorer, states_of: StatesOf, options, advance) -> dict[str,
     return results
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean over draws."""
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-
-
 def lacking_of(file: Path, states: dict[str, Tensor]) -> dict[str, Tensor]:
     """Adapters that a finished pair has not scored yet."""
     scored = json.loads(file.read_text())["labelings"][LABELINGS[0]]
@@ -191,60 +186,6 @@ def add_states(file: Path, states: dict[str, Tensor], scorer: Scorer, options) -
     for labeling, rows in evaluate(scorer, lambda *_: states, options, lambda: None).items():
         pair["labelings"][labeling] |= rows
     write_json(file, pair)
-
-
-DIFFERENCES = {
-    "ours_minus_floor": ("ours", "floor"),
-    "ours_minus_multi_task": ("ours", "multi_task"),
-    "ours_minus_swapped": ("ours", "ours_swapped"),
-    "specialist_minus_wrong": ("specialist", "wrong_specialist"),
-}
-
-
-def differences(accuracy: Mapping[str, float]) -> dict[str, float]:
-    """What the methods' accuracies say of ours and of the specialists; those of methods that were scored."""
-    return {key: accuracy[a] - accuracy[b] for key, (a, b) in DIFFERENCES.items() if {a, b} <= set(accuracy)}
-
-
-def paired_errors(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Standard errors of the differences, over draws."""
-    draws = [
-        dict(zip(methods, row, strict=True)) for row in zip(*(m["per_draw"] for m in methods.values()), strict=True)
-    ]
-    each = [differences(accuracy) for accuracy in draws]
-    return {key: standard_error([one[key] for one in each]) for key in each[0]}
-
-
-def summarise(pairs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The pairs with the differences of each labeling, and means over all labelings of methods that all pairs have.
-
-    The share of the way from floor to specialist is given where it is a point or more; of all labelings, it is the sum of
-    ours minus floor over the sum of specialist minus floor, over the labelings where that is above 0.
-    """
-    made, accuracies = {}, []
-    for name, pair in pairs.items():
-        derived = {}
-        for labeling, methods in pair["labelings"].items():
-            accuracy = {method: row["accuracy"] for method, row in methods.items()}
-            accuracies.append(accuracy)
-            found, way = differences(accuracy), accuracy["specialist"] - accuracy["floor"]
-            derived[labeling] = {
-                **found,
-                "share_of_the_way": found["ours_minus_floor"] / way if way >= POINT else None,
-                "standard_errors": paired_errors(methods),
-            }
-        made[name] = {**pair, "derived": derived}
-    everywhere = [method for method in accuracies[0] if all(method in accuracy for accuracy in accuracies)]
-    means = {method: fmean(accuracy[method] for accuracy in accuracies) for method in everywhere}
-    ways = [(a["ours"] - a["floor"], a["specialist"] - a["floor"]) for a in accuracies if a["specialist"] > a["floor"]]
-    overall = {
-        "labelings": len(accuracies),
-        "specialists_differ": sum(differences(a)["specialist_minus_wrong"] >= POINT for a in accuracies),
-        "accuracy": means,
-        **differences(means),
-        "share_of_the_way": sum(gone for gone, _ in ways) / sum(way for _, way in ways) if ways else None,
-    }
-    return {"pairs": made, "overall": overall}
 
 
 def measure(
@@ -265,6 +206,8 @@ def measure(
         "validation": {"domains": pair.validation, "trained_on": pair.validation in pair.training},
         "test_texts": len(cells),
         "fewest_test_texts_of_domain_and_class": int(cells.bincount().min()),
+        "seed": options.seed,
+        "policy": describe_policy(policy),
         "minutes": (time.perf_counter() - start) / 60,
         "threads": torch.get_num_threads(),
         "environment": environment(),
@@ -273,6 +216,17 @@ def measure(
         },
         "labelings": labelings,
     }
+
+
+def runs_of(work: Path, name: str) -> list[dict[str, Any]]:
+    """The finished training seeds of one pair, in their order."""
+    return sorted((json.loads(file.read_text()) for file in work.glob(f"{name}-*.json")), key=lambda run: run["seed"])
+
+
+def check_policy(files: Sequence[Path], seed: int, policy: Mapping[str, Any]) -> None:
+    """One policy for all pairs of a seed."""
+    if others := sorted(file.name for file in files if json.loads(file.read_text())["policy"] != policy):
+        raise SystemExit(f"{', '.join(others)} hold seed {seed} of another policy; give another seed or work folder.")
 
 
 def pools_of(pair: ContrastPair, options) -> tuple[Pool, Pool]:
@@ -290,6 +244,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("work", type=Path, help="folder of the finished pairs")
     parser.add_argument("--pairs", nargs="+", choices=CONTRAST_PAIRS, default=list(CONTRAST_PAIRS))
     parser.add_argument("--policy", default="shipped", help="shipped, a folder, or owner/name@commit")
+    parser.add_argument("--seed", type=int, default=0, help="of floor and specialists; a policy of its own for each")
     parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
     parser.add_argument("--shots", type=int, default=12, help="support texts per class, balanced over domain x class")
     parser.add_argument("--draws", type=int, default=10, help="support sets per labeling")
@@ -318,12 +273,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     policy, model, tokenizer = load_subject(options.policy, options.base_model)
-    apart = ("work", "pairs", "policy", "base_model", "fits", "threads", "output")
+    apart = ("work", "pairs", "policy", "seed", "base_model", "fits", "threads", "output")
     settings = {key: value for key, value in vars(options).items() if key not in apart}
-    settings["policy"] = describe_policy(policy)
     check_settings(options.work, settings)
-    files = {name: options.work / f"{name}.json" for name in CONTRAST_PAIRS}
+    files = {name: options.work / f"{name}-{options.seed}.json" for name in CONTRAST_PAIRS}
     pending = [name for name in options.pairs if not files[name].exists()]
+    check_policy([file for file in files.values() if file.exists()], options.seed, describe_policy(policy))
     print(f"{len(options.pairs) - len(pending)} of {len(options.pairs)} pairs are done already", flush=True)
     common = common_states(policy, options.fits)
     lacking = {name: common if name in pending else lacking_of(files[name], common) for name in options.pairs}
@@ -337,11 +292,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name in pending:
                 write_json(files[name], measure(name, pools[name], policy, encoder, training, options))
             add_states(files[name], lacking[name], Scorer(policy, encoder, pools[name][1]), options)
-    pairs = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    result = {"benchmark": "contrast", "settings": settings, "environment": environment(), **summarise(pairs)}
-    if target := result_file(of_split("contrast", options.split), options.output, whole=len(pairs) == len(files)):
+    found = {name: runs for name in CONTRAST_PAIRS if (runs := runs_of(options.work, name))}
+    settings["policy"] = next(iter(found.values()))[0]["policy"]
+    summary = summarise({name: over_seeds(runs) for name, runs in found.items()})
+    result = {"benchmark": "contrast", "settings": settings, "environment": environment(), **summary}
+    whole = len(found) == len(files) and len({tuple(run["seed"] for run in runs) for runs in found.values()}) == 1
+    if target := result_file(of_split("contrast", options.split), options.output, whole):
         write_json(target, result)
-    for name, pair in pairs.items():
+    for name, pair in summary["pairs"].items():
         for labeling, methods in pair["labelings"].items():
             print(f"{name} by {labeling}", {key: round(100 * row["accuracy"], 1) for key, row in methods.items()})
 

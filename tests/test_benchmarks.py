@@ -137,7 +137,7 @@ def test_contrast(contrast, scripts, subject, tmp_path, capsys):
     rows = []
     for pair in result["pairs"].values():
         assert set(pair["labelings"]) == set(pair["derived"]) == {"class", "domain"}
-        assert set(pair["trained"]) == {"floor", "specialist_class", "specialist_domain"}
+        assert set(pair["runs"][0]["trained"]) == {"floor", "specialist_class", "specialist_domain"}
         assert pair["test_texts"] == 12
         for labeling in pair["labelings"].values():
             assert set(labeling) == methods
@@ -149,12 +149,12 @@ def test_contrast(contrast, scripts, subject, tmp_path, capsys):
     assert "| stance, by domain |" in table
     assert "* sarcasm: sarcasm_twitter, sarcasm_reddit, 12 test texts, at least 3 of each" in table
 
-    (tmp_path / "work" / "stance.json").unlink()
-    before = (tmp_path / "work" / "sentiment.json").stat().st_mtime_ns
+    (tmp_path / "work" / "stance-0.json").unlink()
+    before = (tmp_path / "work" / "sentiment-0.json").stat().st_mtime_ns
     capsys.readouterr()
     contrast.main([*line, "--pairs", "stance"])
     assert "0 of 1 pairs are done already" in capsys.readouterr().out
-    assert (tmp_path / "work" / "sentiment.json").stat().st_mtime_ns == before
+    assert (tmp_path / "work" / "sentiment-0.json").stat().st_mtime_ns == before
     again = result_of(tmp_path / "result.json")["pairs"]  # the others are still in it
     assert list(again) == list(result["pairs"])
     assert again["stance"]["labelings"] == result["pairs"]["stance"]["labelings"]
@@ -176,6 +176,38 @@ def test_contrast(contrast, scripts, subject, tmp_path, capsys):
             assert derived["ours_minus_multi_task"] == pytest.approx(fmean(each))
             assert derived["standard_errors"]["ours_minus_multi_task"] == pytest.approx(stdev(each) / 2**0.5)
     assert "| generated minus the multi-task adapter, points |" in scripts("tables").contrast(added)
+
+    # a second training seed is further files, of one policy; it has not seen the adapter that was trained elsewhere
+    other = tmp_path / "other_policy"
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn(parameter.shape))
+    policy.save_pretrained(other)
+    second = [*line[:1], *(str(other) if part == subject[1] else part for part in line[1:]), "--seed", "1"]
+    with pytest.raises(SystemExit, match=r"sarcasm-0\.json, .* hold seed 0 of another policy"):
+        contrast.main([*second, "--seed", "0"])
+    contrast.main([*second, "--pairs", "stance"])
+    assert len(result_of(tmp_path / "result.json")["overall"]["of_seeds"]) == 1  # not all pairs have it yet
+    contrast.main(second)
+    both = result_of(tmp_path / "result.json")
+    assert both["settings"]["policy"] == added["settings"]["policy"]
+    for name, pair in both["pairs"].items():
+        assert [run["seed"] for run in pair["runs"]] == [0, 1]
+        assert pair["runs"][0]["policy"] != pair["runs"][1]["policy"]
+        alone = json.loads((tmp_path / "work" / f"{name}-1.json").read_text())["labelings"]
+        for labeling, methods in pair["labelings"].items():
+            first = added["pairs"][name]["labelings"][labeling]
+            assert methods["multi_task"] == first["multi_task"]
+            for method, row in alone[labeling].items():
+                draws = zip(row["per_draw"], first[method]["per_draw"], strict=True)
+                assert methods[method]["per_draw"] == pytest.approx([fmean(pair) for pair in draws])
+                assert methods[method]["accuracy_of_seeds"] == [first[method]["accuracy"], row["accuracy"]]
+    assert both["overall"]["of_seeds"][0]["accuracy"] == pytest.approx(added["overall"]["accuracy"])
+    assert both["overall"]["of_seeds"][0] != both["overall"]["of_seeds"][1]
+    means = [seed["accuracy"]["ours"] for seed in both["overall"]["of_seeds"]]
+    assert both["overall"]["accuracy"]["ours"] == pytest.approx(fmean(means))
+    percent = scripts("rendering").percent
+    assert f"generated {percent(means[0])}, {percent(means[1])}," in scripts("tables").contrast(both)
 
 
 @pytest.mark.slow
@@ -231,7 +263,8 @@ def test_contrast_pool_of_trained_domains(contrast, monkeypatch):
 
 def accuracies(*values: float) -> dict[str, dict[str, float]]:
     names = ("floor", "ours", "ours_swapped", "specialist", "wrong_specialist")
-    return {name: {"accuracy": value, "per_draw": [value]} for name, value in zip(names, values, strict=True)}
+    rows = ({"accuracy": value, "per_draw": [value], "accuracy_of_seeds": [value]} for value in values)
+    return dict(zip(names, rows, strict=True))
 
 
 def test_contrast_differences(scripts):

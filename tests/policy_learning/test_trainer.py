@@ -85,7 +85,9 @@ def test_a_checkpoint_with_other_settings_is_refused(build_trainer, tmp_path):
         ({"preset": "lohp", "cloning_steps": 0}, {"subtb"}, set()),
         ({"preset": "lohp", "reference": "backward"}, {"subtb", "spliced/loss"}, {"divergence"}),
     ],
-    ids=str,
+    ids=lambda value: (
+        str(value) if isinstance(value, dict) else " ".join(sorted(value)) or "nothing"
+    ),  # of sets in one order
 )
 def test_presets_and_ablations_run(build_trainer, settings, present, absent):
     trainer = build_trainer(**settings)
