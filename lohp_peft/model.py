@@ -352,22 +352,12 @@ def _columns(model: nn.Module, label_names: Sequence[str]) -> list[int]:
 
 def _batches(tokenizer: Any, examples: Any, encoder: Any) -> Iterator[Any]:
     """The texts as the policy reads them, in order."""
-    from lohp_peft.tasks.requirements import truncating_right
+    from lohp_peft.tasks.reading import tokenize
 
     for start in range(0, len(examples), encoder.batch_size):
         rows = slice(start, start + encoder.batch_size)
-        pairs = None if examples.texts_b is None else list(examples.texts_b[rows])
-        with truncating_right(tokenizer):
-            batch = tokenizer(
-                list(examples.texts[rows]),
-                pairs,
-                truncation=True,
-                max_length=encoder.max_length,
-                padding=True,
-                padding_side="right",
-                return_tensors="pt",
-            )
-        yield batch.to(encoder.device)
+        pairs = None if examples.texts_b is None else examples.texts_b[rows]
+        yield tokenize(tokenizer, examples.texts[rows], pairs, encoder.max_length).to(encoder.device)
 
 
 def _has_meta(model: nn.Module) -> bool:

@@ -19,7 +19,8 @@ from lohp_peft.adapters.layout import base_of
 from lohp_peft.adapters.space import WeightSpace
 from lohp_peft.tasks.features import TextStatistics
 from lohp_peft.tasks.fingerprint import tokenizer_fingerprint
-from lohp_peft.tasks.requirements import LayerCalls, check_base_model, check_inputs, truncating_right
+from lohp_peft.tasks.reading import tokenize
+from lohp_peft.tasks.requirements import LayerCalls, check_base_model, check_inputs
 
 POOLINGS = ("mean", "first", "last")
 LEAST_CHUNK = 8
@@ -250,16 +251,7 @@ class TextEncoder:
         return EncodedTexts(hidden, encoded.attention_mask, encoded.token_ids, encoded.token_types)
 
     def _tokenize(self, texts: Sequence[str], texts_b: Sequence[str] | None = None) -> EncodedTexts:
-        with truncating_right(self.tokenizer):
-            batch = self.tokenizer(
-                list(texts),
-                None if texts_b is None else list(texts_b),
-                truncation=True,
-                max_length=self.max_length,
-                padding=True,
-                padding_side="right",
-                return_tensors="pt",
-            ).to(self.device)
+        batch = tokenize(self.tokenizer, texts, texts_b, self.max_length).to(self.device)
         empty = (batch["attention_mask"].sum(-1) == 0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(f"Every text needs at least one token, but {len(empty)} have none: rows {empty[:20]}.")

@@ -50,17 +50,6 @@ def give_padding(tokenizer: Any) -> Any:
     return tokenizer
 
 
-@contextmanager
-def truncating_right(tokenizer: Any) -> Iterator[None]:
-    """A context in which a tokenizer cuts the ends of long texts off, as in a policy's training; a call cannot say so."""
-    side = getattr(tokenizer, "truncation_side", "right")
-    try:
-        tokenizer.truncation_side = "right"
-        yield
-    finally:
-        tokenizer.truncation_side = side
-
-
 def check_gradients(model: nn.Module) -> None:
     """Refuse a base model that passes no gradients on to its lower layers, which both stages of training need.
 
