@@ -220,9 +220,16 @@ def _adapter_snippet(
         }.get(str(config.get("task_type")), "AutoModel")
         count = f", num_labels={len(labels)}" if labels and auto.endswith("SequenceClassification") else ""
         register = "import lohp_peft  # PEFT knows this type of adapter only then\n" if method == "LOHP" else ""
+        tokenizer, padding = "", ""
+        if auto.endswith("SequenceClassification") and provenance.get("pooling") == "last":
+            tokenizer = ", AutoTokenizer"
+            padding = f"""tokenizer = AutoTokenizer.from_pretrained("{base}")
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+base_model.config.pad_token_id = tokenizer.pad_token_id  # by which it tells where a text ends
+"""
         return (
-            f"{register}from peft import PeftModel\nfrom transformers import {auto}\n\n"
-            f'base_model = {auto}.from_pretrained("{base}"{count})\n'
+            f"{register}from peft import PeftModel\nfrom transformers import {auto}{tokenizer}\n\n"
+            f'base_model = {auto}.from_pretrained("{base}"{count})\n{padding}'
             f'model = PeftModel.from_pretrained(base_model, "{location}").eval()'
         )
     pooling = str(provenance.get("pooling", "mean"))

@@ -9,7 +9,17 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModel, BertConfig, BertModel, BertTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from lohp_peft.cards import (
     adapter_card,
@@ -127,6 +137,29 @@ def test_snippet_runs_with_stock_peft(tmp_path, pooling, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda location: location)
     exec(compile(code, "card", "exec"), {})
     assert capsys.readouterr().out == "['good']\n"
+
+
+def test_snippet_of_a_decoder_with_a_classifier_reads_texts_of_several_lengths(tmp_path):
+    """Its base model has no padding token, without which transformers refuses more than one text."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    words = {word: i for i, word in enumerate(["[UNK]", "<end>", "a", "new", "text"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(base)
+    config = GPT2Config(vocab_size=5, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1, num_labels=2)
+    GPT2ForSequenceClassification(config).save_pretrained(base)
+    lora = LoraConfig(r=2, target_modules=["c_attn"], task_type="SEQ_CLS")
+    get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), lora).save_pretrained(folder)
+    (folder / "lohp_provenance.json").write_text(json.dumps({**PROVENANCE, "pooling": "last"}))
+
+    found: dict = {}
+    code = snippet(adapter_card_of(folder, location=str(folder))).replace("path/to/the/base/model", str(base))
+    exec(compile(code, "card", "exec"), found)
+    logits = [
+        found["model"](**found["tokenizer"](texts, padding=True, return_tensors="pt")).logits[0]
+        for texts in (["a text"], ["a text", "a new a new text"])
+    ]
+    assert torch.allclose(*logits, atol=1e-5)
 
 
 def test_unknown_pooling():
