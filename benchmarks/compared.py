@@ -1,6 +1,6 @@
 """Tables of the comparison with the field: held-out tasks, new domains of known families, new families."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +18,7 @@ from rendering import (
     with_error,
 )
 from setting import with_interval
-from splits import NEW_DOMAINS
+from splits import NEW_DOMAINS, TRANSFER_FOLDS
 
 
 def _title(name: str) -> str:
@@ -181,14 +181,33 @@ def transfer(result: Mapping[str, Any]) -> str:
     header = ("family left out", "tasks", *map(_title, methods), "ours - none", "ours - mean", "ours - multi task")
     settings = result["settings"]
     minutes = [sum(fold["minutes"].values()) for fold in result["folds"]]
+    seeds = {
+        _title(name): row["accuracy_of_seeds"] for name, row in result["all"]["methods"].items() if name in OF_STAGE_2
+    }
+    of_seeds = f"By training seed, with the same recordings: {_by_seed(seeds)}. " if len(settings["seeds"]) > 1 else ""
     note = (
         f"Accuracy in percent, {settings['shots']} examples per class, {settings['draws']} draws, at most {settings['max_test']} test texts; "
         "intervals over tasks, of a family with fewer than five tasks over its draws. Each of the "
-        f"{len(minutes)} folds of families has bases, recordings ({', '.join(settings['optimizers'])}), a policy ({settings['cloning_steps']} cloning and "
+        f"{len(TRANSFER_FOLDS)} folds of families has bases, recordings ({', '.join(settings['optimizers'])}), a policy ({settings['cloning_steps']} cloning and "
         f"{settings['training_steps']} hybrid steps of {settings['episodes']} episodes) and a multi-task adapter of its own, trained on one core in "
-        f"{min(minutes):.0f} to {max(minutes):.0f} minutes. {where(result)}"
+        f"{min(minutes):.0f} to {max(minutes):.0f} minutes. {of_seeds}{where(result)}"
     )
     return f"{table(header, rows)}\n\n{note}"
+
+
+OF_STAGE_2 = ("multi_task", "multi_task_steps", "ours_raw", "ours", "ours_steps")
+"""What differs between training seeds of `transfer`."""
+OF_SEEDS = {
+    "ours": "generated",
+    "ours_swapped": "conditioned on the other labeling",
+    "floor": "one adapter for both",
+    "specialist": "specialists",
+}
+
+
+def _by_seed(methods: Mapping[str, Sequence[float]]) -> str:
+    """Methods with their accuracies of each training seed."""
+    return "; ".join(f"{title} {', '.join(map(percent, each))}" for title, each in methods.items())
 
 
 def _derived(column: Mapping[str, Any], key: str) -> str:
@@ -197,11 +216,6 @@ def _derived(column: Mapping[str, Any], key: str) -> str:
         return share(column[key])
     error = column.get("standard_errors", {}).get(key)
     return signed(column[key]) + ("" if error is None else f" +- {100 * error:.1f}")
-
-
-def by_seed(overall: Mapping[str, Any], method: str) -> str:
-    """A method's accuracy over all labelings of each training seed."""
-    return ", ".join(percent(seed["accuracy"][method]) for seed in overall["of_seeds"])
 
 
 def contrast(result: Mapping[str, Any]) -> str:
@@ -218,11 +232,12 @@ def contrast(result: Mapping[str, Any]) -> str:
     rows += [
         (title, *(_derived(column, key) for column in derived)) for key, title in CONTRASTS.items() if key in overall
     ]
+    of_seeds = [seed["accuracy"] for seed in overall["of_seeds"]]
+    seeds = {title: [seed[name] for seed in of_seeds] for name, title in OF_SEEDS.items()}
     notes = [
         f"{settings['shots']} examples per class, {settings['draws']} draws (+- standard error of their mean); domains and classes count "
         f"alike. Specialists differ by a point or more on {overall['specialists_differ']} of {overall['labelings']} labelings.",
-        f"By training seed of the policy, of floor and of specialists: generated {by_seed(overall, 'ours')}, conditioned on the other "
-        f"labeling {by_seed(overall, 'ours_swapped')}, specialists {by_seed(overall, 'specialist')}, share of the way "
+        f"By training seed of the policy, of floor and of specialists, over all labelings: {_by_seed(seeds)}; share of the way "
         f"{', '.join(share(seed['share_of_the_way']) for seed in overall['of_seeds'])} %.",
     ]
     notes += [

@@ -2,8 +2,10 @@
 
 The families of the text suite are left out in five folds. For each fold both stages run anew on the other families' tasks
 (bases, recordings, policy; less of each than the shipped policy had), then the policy and its baselines are scored on the
-families left out, as `compare.py` does. A run that was stopped is continued by the same command; folds run on
-`--processes`. The question is whether it pays where nothing like the task was trained, and whether it ever does harm.
+families left out, as `compare.py` does. `--seeds` are training seeds of policy and multi-task adapter; bases and recordings
+are the same for all of them. A run that was stopped is continued by the same command; folds run on `--processes`. Every
+finished fold and seed is a file in the work folder, and the result holds the seeds that all its folds have. The question
+is whether it pays where nothing like the task was trained, and whether it ever does harm.
 """
 
 import argparse
@@ -27,14 +29,27 @@ OURS = ("ours", "ours_steps")
 AGAINST = ("none", "mean", "multi_task", "multi_task_steps")
 
 
-def run_fold(fold: int, options: argparse.Namespace) -> int:
-    """Both stages and the scores of one fold; what is there already is not done again."""
+def file_of(work: Path, fold: int, seed: int) -> Path:
+    """What is kept of a fold's seed."""
+    return work / f"fold_{fold}-{seed}.json"
+
+
+def record(fold: int, options: argparse.Namespace) -> int:
+    """Stage 1 of one fold, for all seeds; what is there already is not done again."""
+    trajectories = options.work / f"fold_{fold}" / "trajectories"
+    if not (trajectories / "cost.json").exists():
+        torch.set_num_threads(options.threads)
+        split, base = ["--split", f"transfer_{fold}"], ["--base-model", options.base_model]
+        prepare.main([str(trajectories), *split, *base, "--optimizers", *options.optimizers])
+    return fold
+
+
+def learn_and_score(fold: int, seed: int, options: argparse.Namespace) -> int:
+    """Stage 2, the multi-task adapter and the scores of one fold with one training seed."""
     torch.set_num_threads(options.threads)
     work, split = options.work / f"fold_{fold}", ["--split", f"transfer_{fold}"]
     base = ["--base-model", options.base_model]
-    trajectories, policy, result = work / "trajectories", work / "policy", work / "result.json"
-    if not (trajectories / "cost.json").exists():
-        prepare.main([str(trajectories), *split, *base, "--optimizers", *options.optimizers])
+    trajectories, policy, result = work / "trajectories", work / f"policy-{seed}", work / f"result-{seed}.json"
     if not (policy / "cost.json").exists():
         learning = {
             "batch_size": options.episodes,
@@ -42,15 +57,47 @@ def run_fold(fold: int, options: argparse.Namespace) -> int:
             "training_steps": options.training_steps,
             "validate_every": max(1, options.training_steps // 2),
             "validation_episodes": options.validation_episodes,
+            "seed": seed,
         }
         settings = [f"{key}={value}" for key, value in learning.items()]
         train.main([str(trajectories), str(policy), *settings, *split, *base])
     scores = ["--methods", *METHODS, "--controls", "--shots", str(options.shots), "--draws", str(options.draws)]
     scores += ["--max-test", str(options.max_test), "--threads", str(options.threads), "--output", str(result)]
-    scores += ["--steps", str(options.training_steps), "--episodes", str(options.episodes)]
+    scores += ["--steps", str(options.training_steps), "--episodes", str(options.episodes), "--seeds", str(seed)]
     scores += ["--validation-episodes", str(options.validation_episodes), "--policy", str(policy)]
-    compare.main([str(work / "compare"), *split, *base, *scores])
+    compare.main([str(work / f"compare-{seed}"), *split, *base, *scores])
+    found = json.loads(result.read_text())
+    minutes = {
+        stage.name: json.loads((stage / "cost.json").read_text())["minutes"] for stage in (trajectories, policy)
+    }
+    kept = {
+        "families": TRANSFER_FOLDS[fold],
+        "seed": seed,
+        "policy": found["settings"]["policy"],
+        "minutes": {
+            "trajectories": minutes[trajectories.name],
+            "policy": minutes[policy.name],
+            "multi_task": found["trained"][f"multi_task-{seed}"]["minutes"],
+        },
+        "environment": found["environment"],
+        "tasks": {name: {key.split("/")[0]: x for key, x in cells.items()} for name, cells in found["tasks"].items()},
+    }
+    write_json(file_of(options.work, fold, seed), kept)
     return fold
+
+
+def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Tasks of one fold, every method's scores the mean over its training seeds, draw by draw."""
+
+    def mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        per_draw = [fmean(values) for values in zip(*(row["per_draw"] for row in rows), strict=True)]
+        scores = {key: fmean(row[key] for row in rows) for key in ("accuracy", "macro_f1", "seconds")}
+        return {**scores, "per_draw": per_draw, "accuracy_of_seeds": [row["accuracy"] for row in rows]}
+
+    return {
+        name: {method: mean([run["tasks"][name][method] for run in runs]) for method in METHODS}
+        for name in runs[0]["tasks"]
+    }
 
 
 def differences(tasks: Iterable[dict[str, Any]], mine: str, other: str) -> dict[str, float]:
@@ -72,7 +119,13 @@ def summarise(tasks: dict[str, dict[str, Any]], of: dict[str, str]) -> dict[str,
         return {
             "tasks": len(names),
             "methods": {
-                method: {key: fmean(task[method][key] for task in members) for key in ("accuracy", "macro_f1")}
+                method: {
+                    **{key: fmean(task[method][key] for task in members) for key in ("accuracy", "macro_f1")},
+                    "accuracy_of_seeds": [
+                        fmean(each)
+                        for each in zip(*(task[method]["accuracy_of_seeds"] for task in members), strict=True)
+                    ],
+                }
                 for method in METHODS
             },
             "differences": {
@@ -86,10 +139,18 @@ def summarise(tasks: dict[str, dict[str, Any]], of: dict[str, str]) -> dict[str,
     return {"all": row(list(tasks)), "families": {family: row(names) for family, names in by_family.items()}}
 
 
+def runs_of(work: Path, fold: int) -> list[dict[str, Any]]:
+    """The finished seeds of a fold, in their order."""
+    return sorted(
+        (json.loads(file.read_text()) for file in work.glob(f"fold_{fold}-*.json")), key=lambda run: run["seed"]
+    )
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder of the finished cells")
     parser.add_argument("--folds", nargs="+", type=int, default=list(range(len(TRANSFER_FOLDS))))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="training seeds of policy and baseline")
     parser.add_argument("--optimizers", nargs="+", default=["adamw"], help="recorded")
     parser.add_argument("--cloning-steps", type=int, default=120)
     parser.add_argument("--training-steps", type=int, default=120, help="of ours after cloning, and of the baseline")
@@ -109,34 +170,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes that are started
-    free = ("work", "folds", "base_model", "processes", "threads", "output")
+    free = ("work", "folds", "seeds", "base_model", "processes", "threads", "output")
     settings = {key: value for key, value in vars(options).items() if key not in free}
     check_settings(options.work, settings)
+    wanted = [(fold, seed) for seed in options.seeds for fold in options.folds]
+    pending = [each for each in wanted if not file_of(options.work, *each).exists()]
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        jobs = [pool.submit(run_fold, fold, options) for fold in options.folds]
-        for number, job in enumerate(as_completed(jobs), 1):
-            print(f"[fold {number}/{len(jobs)}] {', '.join(TRANSFER_FOLDS[job.result()])}", flush=True)
-    tasks: dict[str, dict[str, Any]] = {}
-    folds = []
-    for fold in options.folds:
-        work = options.work / f"fold_{fold}"
-        found = json.loads((work / "result.json").read_text())
-        tasks |= {name: {key.split("/")[0]: x for key, x in cells.items()} for name, cells in found["tasks"].items()}
-        minutes = {
-            stage: json.loads((work / stage / "cost.json").read_text())["minutes"]
-            for stage in ("trajectories", "policy")
-        }
-        minutes["multi_task"] = found["trained"]["multi_task-0"]["minutes"]
-        folds.append({"families": TRANSFER_FOLDS[fold], "policy": found["settings"]["policy"], "minutes": minutes})
+        for stage, jobs in (
+            (
+                "recordings",
+                lambda: [pool.submit(record, fold, options) for fold in dict.fromkeys(fold for fold, _ in pending)],
+            ),
+            ("fold", lambda: [pool.submit(learn_and_score, *each, options) for each in pending]),
+        ):
+            started = jobs()
+            for number, job in enumerate(as_completed(started), 1):
+                print(f"[{stage} {number}/{len(started)}] {', '.join(TRANSFER_FOLDS[job.result()])}", flush=True)
+    folds = {fold: runs for fold in range(len(TRANSFER_FOLDS)) if (runs := runs_of(options.work, fold))}
+    seeds = set.intersection(*({run["seed"] for run in runs} for runs in folds.values()))
+    if not seeds:
+        raise SystemExit(
+            f"No training seed is finished on all folds of {options.work}: {sorted(folds)}; run one on all."
+        )
+    folds = {fold: [run for run in runs if run["seed"] in seeds] for fold, runs in folds.items()}
+    tasks = {name: task for runs in folds.values() for name, task in over_seeds(runs).items()}
+    of_run = ("families", "seed", "policy", "minutes", "environment")
     result = {
         "benchmark": "transfer",
-        "settings": settings,
+        "settings": settings | {"seeds": sorted(seeds)},
         "environment": environment(),
-        "folds": folds,
+        "folds": [{key: run[key] for key in of_run} for runs in folds.values() for run in runs],
         **summarise(tasks, families()),
         "tasks": tasks,
     }
-    whole = sorted(options.folds) == list(range(len(TRANSFER_FOLDS)))
+    whole = len(folds) == len(TRANSFER_FOLDS)
     if target := result_file("transfer", options.output, whole):
         write_json(target, result)
     for method, scores in result["all"]["methods"].items():

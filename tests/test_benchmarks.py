@@ -207,7 +207,7 @@ def test_contrast(contrast, scripts, subject, tmp_path, capsys):
     means = [seed["accuracy"]["ours"] for seed in both["overall"]["of_seeds"]]
     assert both["overall"]["accuracy"]["ours"] == pytest.approx(fmean(means))
     percent = scripts("rendering").percent
-    assert f"generated {percent(means[0])}, {percent(means[1])}," in scripts("tables").contrast(both)
+    assert f": generated {percent(means[0])}, {percent(means[1])};" in scripts("tables").contrast(both)
 
 
 @pytest.mark.slow
@@ -574,15 +574,42 @@ def test_transfer(scripts, subject, tmp_path, monkeypatch):
     assert set(result["tasks"]) == {"stance_climate", "stance_abortion", "stance_atheism"}
     assert set(result["families"]) == {"stance"}
     assert result["families"]["stance"]["tasks"] == 3
-    policy = json.loads((tmp_path / "work" / "fold_4" / "policy" / "config.json").read_text())
+    fold = tmp_path / "work" / "fold_4"
+    policy = json.loads((fold / "policy-0" / "config.json").read_text())
     trained = set(policy["provenance"]["training_tasks"])
     assert "amazon_software" in trained
     assert not any("stance" in name for name in trained)
     assert "| stance |" in scripts("tables").transfer(result)
-    untouched = (tmp_path / "work" / "fold_4" / "policy" / "cost.json").stat().st_mtime_ns
+    assert "By training seed" not in scripts("tables").transfer(result)
+    files = [fold / "trajectories" / "cost.json", fold / "policy-0" / "cost.json"]
+    untouched = [file.stat().st_mtime_ns for file in files]
     transfer.main([*line, "--output", str(tmp_path / "again.json")])
-    assert (tmp_path / "work" / "fold_4" / "policy" / "cost.json").stat().st_mtime_ns == untouched
     assert json.loads((tmp_path / "again.json").read_text())["tasks"] == result["tasks"]
+
+    # a second seed learns from the same recordings
+    transfer.main([*line, "--seeds", "0", "1", "--output", str(tmp_path / "both.json")])
+    assert [file.stat().st_mtime_ns for file in files] == untouched
+    both = json.loads((tmp_path / "both.json").read_text())
+    assert both["settings"]["seeds"] == [0, 1]
+    assert [run["seed"] for run in both["folds"]] == [0, 1]
+    assert both["folds"][0]["policy"] != both["folds"][1]["policy"]
+    second = json.loads((tmp_path / "work" / "fold_4-1.json").read_text())["tasks"]
+    for name, methods in both["tasks"].items():
+        for method, row in methods.items():
+            seeds = [tasks[name][method] for tasks in (result["tasks"], second)]
+            assert row["accuracy_of_seeds"] == [of_seed["accuracy"] for of_seed in seeds]
+            draws = zip(*(of_seed["per_draw"] for of_seed in seeds), strict=True)
+            assert row["per_draw"] == pytest.approx([fmean(each) for each in draws])
+    ours = both["all"]["methods"]["ours"]
+    assert ours["accuracy"] == pytest.approx(fmean(ours["accuracy_of_seeds"]))
+    table, percent = scripts("tables").transfer(both), scripts("rendering").percent
+    assert f"; ours {', '.join(map(percent, ours['accuracy_of_seeds']))}; " in table
+
+    # seeds that not all folds have are left out, and without one that all have there is no result
+    other = json.loads((tmp_path / "work" / "fold_4-0.json").read_text())
+    (tmp_path / "work" / "fold_3-2.json").write_text(json.dumps({**other, "seed": 2}))
+    with pytest.raises(SystemExit, match=r"No training seed is finished on all folds of .*\[3, 4\]"):
+        transfer.main([*line, "--output", str(tmp_path / "none.json")])
 
 
 @pytest.mark.slow
