@@ -1,7 +1,7 @@
 """The text suite: which tasks train, validate and test, and the base model in the shipped policy's weight space.
 
-The data are not part of the project: set `LOHP_DATA` to the folder that holds `text/tasks.json` and
-`text/<task>.jsonl.gz` (default `../shared/data`).
+The data are not part of the project: set `LOHP_DATA` to the folder that holds `text/tasks.json`,
+`text/suites.json` and `text/<task>.jsonl.gz` (default `../shared/data`).
 """
 
 import json
@@ -63,8 +63,10 @@ RANK = 16
 def data_folder() -> Path:
     """Folder of the text suite."""
     folder = Path(os.environ.get("LOHP_DATA", Path(__file__).parents[2] / "shared" / "data")) / "text"
-    if not (folder / "tasks.json").is_file():
-        raise SystemExit(f"The text suite is not at {folder}; set LOHP_DATA to the folder that holds text/tasks.json.")
+    if missing := [name for name in ("tasks.json", "suites.json") if not (folder / name).is_file()]:
+        raise SystemExit(
+            f"The text suite is not at {folder}: it lacks {missing}. Set LOHP_DATA to the folder of text/."
+        )
     return folder
 
 
