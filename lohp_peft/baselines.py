@@ -8,6 +8,7 @@ from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weig
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from lohp_peft.fields import is_number
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.tasks import Examples, Head, TextEncoder, solve_head
 
@@ -53,12 +54,16 @@ class AdamWBaseline:
     ) -> None:
         if steps < 1 or batch_size < 1:
             raise ValueError(f"AdamW needs at least 1 step of at least 1 example, got {steps} steps of {batch_size}.")
+        if not (is_number(learning_rate) and learning_rate > 0):
+            raise ValueError(f"AdamW's learning rate must be a positive number, got {learning_rate!r}.")
         if init not in INITS:
             raise ValueError(f"`init` must be one of {list(INITS)}, got {init!r}.")
         self.base_model, self.tokenizer, self.policy, self.init = base_model, tokenizer, policy, init
         self.learning_rate, self.steps, self.batch_size, self.dtype = learning_rate, steps, batch_size, dtype
         self.head = head or policy.config.head
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def fit(
         self,
         support: Examples,
@@ -80,8 +85,12 @@ class AdamWBaseline:
             The adapted encoder and its head, at every checkpoint and at the end.
 
         Raises:
-            ValueError: When `start` is of other modules or of another rank than the policy's.
+            ValueError: When a checkpoint is out of range, or `start` is of other modules or of another rank than the policy's.
         """
+        if outside := [step for step in checkpoints if not 0 <= step < self.steps]:
+            raise ValueError(
+                f"`checkpoints` must be in 0..{self.steps - 1}, below the {self.steps} steps; got {outside}."
+            )
         config = self.policy.config
         names = [spec.name for spec in self.policy.layout.modules]
         with torch.random.fork_rng():

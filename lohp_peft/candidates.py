@@ -3,12 +3,11 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isnan
 
 import torch
 from torch import Tensor
 
-from lohp_peft.fields import document_fields, take_whole_numbers
+from lohp_peft.fields import document_fields, is_number, take_whole_numbers
 from lohp_peft.policy import LoHpPolicy, rollout
 from lohp_peft.tasks import (
     HEADS,
@@ -26,6 +25,8 @@ from lohp_peft.tasks import (
 from lohp_peft.tasks.encoder import EncodedTexts
 from lohp_peft.tasks.requirements import check_gradients
 
+SEEDS = 2**63
+"""How many there are; a generation's further draws add to one."""
 TOO_FEW_FOR_STEPS = "Gradient steps need two classes of four examples."
 TOO_FEW_TO_COMPARE = "Candidates were not compared, which needs two examples of a class."
 
@@ -84,17 +85,26 @@ class GenerationConfig:
             problems.append(f"`num_candidates` must be at least 0, got {self.num_candidates}")
         if not isinstance(self.amplitudes, tuple | list) or not self.amplitudes:
             problems.append(f"`amplitudes` must be a sequence of one or more numbers, got {self.amplitudes!r}")
-        elif not all(factor > 0 for factor in self.amplitudes):
-            problems.append(f"`amplitudes` must be positive, got {self.amplitudes}")
-        if not self.noise >= 0:
-            problems.append(f"`noise` must be at least 0, got {self.noise}")
+        elif not all(is_number(factor) and factor > 0 for factor in self.amplitudes):
+            problems.append(f"`amplitudes` must be positive numbers, got {self.amplitudes}")
+        if not (is_number(self.noise) and self.noise >= 0):
+            problems.append(f"`noise` must be at least 0, got {self.noise!r}")
         problems += [
-            f"`{n}` must be a number, got nan" for n in ("margin", "gradient_margin") if isnan(getattr(self, n))
+            f"`{name}` must be a number, got {value!r}"
+            for name in ("margin", "gradient_margin")
+            if not is_number(value := getattr(self, name), finite=False)
         ]
+        if not 0 <= self.seed < SEEDS:
+            problems.append(f"`seed` must be in 0..2**63 - 1, got {self.seed}")
+        if not self.choose and (self.num_candidates or tuple(self.amplitudes) != (1.0,)):
+            problems.append(
+                "`num_candidates` and `amplitudes` are candidates, which `choose=False` does not compare, got "
+                f"{self.num_candidates} and {self.amplitudes}"
+            )
         if self.gradient_steps < 0:
             problems.append(f"`gradient_steps` must be at least 0, got {self.gradient_steps}")
-        if not self.gradient_learning_rate > 0:
-            problems.append(f"`gradient_learning_rate` must be positive, got {self.gradient_learning_rate}")
+        if not (is_number(self.gradient_learning_rate) and self.gradient_learning_rate > 0):
+            problems.append(f"`gradient_learning_rate` must be a positive number, got {self.gradient_learning_rate!r}")
         if self.scored_texts < 4:
             problems.append(f"`scored_texts` must be at least 4, got {self.scored_texts}")
         if self.mixed_precision not in ("no", "bf16"):
@@ -186,10 +196,7 @@ class CandidateSet:
                 measured = [self.encoder.statistics(self.encoded[part], states[i]) for i, part in enumerate(rows)]
                 return TaskFeatures.stack([self.features(i, one) for i, one in enumerate(measured)])
 
-        optimizer = None
-        if self.config.optimizer is not None:
-            index = self.policy.config.optimizers.index(self.config.optimizer) + 1
-            optimizer = torch.full((len(self.sizes),), index, device=self.policy.scale.device)
+        optimizer = self.policy.optimizer_index(self.config.optimizer, len(self.sizes))
         # One generator a task, so that a task's rollouts do not depend on the others in the batch.
         generators = [torch.Generator().manual_seed(self.config.seed + salt) for _ in self.sizes]
         return rollout(

@@ -1,8 +1,9 @@
 """Generated adapters beside honest baselines and controls, on held-out examples."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import Any
 
@@ -28,6 +29,12 @@ METHODS = (
     "shuffled_labels",
     "adamw",
 )
+RAW = ("generated_raw", "wrong_task", "shuffled_labels")
+"""Rollouts that are not compared with other candidates."""
+BY_CALLER = 5
+"""Stack level of warnings of the caller of `evaluate_tasks`, which two decorators are around."""
+FROM_REFERENCE = ("mean_adapter", "nearest_adapter", "wrong_task")
+"""What needs the training tasks that a policy keeps."""
 
 
 @document_fields
@@ -74,6 +81,8 @@ class EvaluationConfig:
             raise ValueError("Evaluation: " + "; ".join(problems) + ".")
 
 
+@torch.inference_mode(False)  # AdamW needs gradients
+@torch.enable_grad()
 def evaluate_tasks(
     policy: LoHpPolicy | str,
     base_model: nn.Module,
@@ -91,7 +100,8 @@ def evaluate_tasks(
     """Score every method on every task: support from split train, scores on split test.
 
     Controls change the conditioning only: head and scores keep the true support, and candidates are not compared, for
-    the control and for `generated_raw`, which it is compared with; `generated` is the full product.
+    the control and for `generated_raw`, which it is compared with; `generated` is the full product. Methods for which the
+    policy's reference set has nothing are left out, with a warning.
 
     Args:
         policy: The policy or its name.
@@ -112,7 +122,8 @@ def evaluate_tasks(
         draws; seconds are the median time from examples to adapter, features and head included.
 
     Raises:
-        ValueError: When the policy does not fit the base model, tasks share a name, or a task lacks a split.
+        ValueError: When the policy does not fit the base model, tasks share a name, a task lacks a split, or the settings
+            of the generation cannot be those of a control.
     """
     names = [task.name for task in tasks]
     if shared := sorted({name for name in names if names.count(name) > 1}):
@@ -128,13 +139,23 @@ def evaluate_tasks(
     config = config or EvaluationConfig(shots=shots, draws=draws, seed=seed)
     generation = generation or GenerationConfig()
     policy = load_policy(policy)
-    encoder = encoder_for(policy, base_model, tokenizer, generation.mixed_precision)
+    policy.optimizer_index(generation.optimizer, 1)  # refuses an unknown one before any work
+    if generation.closed_loop and (raw := [name for name in config.methods if name in RAW]):
+        raise ValueError(
+            f"`closed_loop` measures the features again on a task's texts, which {raw} cannot, being conditioned on what is "
+            "not the task's. Leave them out of `methods`, or `closed_loop` off."
+        )
+    methods = {}
+    for task in tasks:
+        methods[task.name] = _possible(policy, task, config.methods)
+    _tell_of_overlap(tasks)
     results = {}
     with as_trained(policy, base_model), Work(console or Console(stderr=True)) as progress:
+        encoder = encoder_for(policy, base_model, tokenizer, generation.mixed_precision)
         bar = progress.add_task("evaluation", total=len(tasks) * config.draws)
         for task in tasks:
             progress.update(bar, note=task.name)
-            one = _TaskEvaluation(policy, encoder, task, config, generation)
+            one = _TaskEvaluation(policy, encoder, task, replace(config, methods=methods[task.name]), generation)
             for number in range(config.draws):
                 one.run_draw(number)
                 progress.advance(bar)
@@ -142,6 +163,37 @@ def evaluate_tasks(
             if on_task is not None:
                 on_task(task.name, results[task.name])
     return {"tasks": results}
+
+
+def _possible(policy: LoHpPolicy, task: Task, methods: Sequence[str]) -> tuple[str, ...]:
+    """The methods that a policy's reference set allows for a task; it warns of the others, or says that none is left."""
+    reference = policy.reference_set
+    lacking = {name: "the policy's reference set, which it has not" for name in FROM_REFERENCE if reference is None}
+    if reference is not None and not reference.has_wrong_task(task.family, task.name):
+        lacking["wrong_task"] = "a training task of the policy that is not like it, and there is none"
+    left_out = {name: lacking[name] for name in methods if name in lacking}
+    if left_out:
+        reasons = "; ".join(f"{name!r} needs {reason}" for name, reason in left_out.items())
+        if len(left_out) == len(methods):
+            raise ValueError(f"Nothing can be scored on task {task.name!r}: {reasons}.")
+        warnings.warn(f"Not scored on task {task.name!r}: {reasons}.", stacklevel=BY_CALLER)
+    return tuple(name for name in methods if name not in left_out)
+
+
+def _tell_of_overlap(tasks: Sequence[Task]) -> None:
+    """Warn of test rows that support sets may hold as well."""
+    for task in tasks:
+        train, test = (set(_read(task.split(split))) for split in ("train", "test"))
+        if shared := len(train & test):
+            warnings.warn(
+                f"Task {task.name!r}: {shared} of {len(test)} different texts of split test are in split train too, which "
+                "makes every score too good. Take them out of one of the two.",
+                stacklevel=BY_CALLER,
+            )
+
+
+def _read(examples: Examples) -> Iterable[Any]:
+    return examples.texts if examples.texts_b is None else zip(examples.texts, examples.texts_b, strict=True)
 
 
 class _TaskEvaluation:
@@ -160,6 +212,7 @@ class _TaskEvaluation:
         if config.max_test is not None and len(test) > config.max_test:
             test = draw(test, max(1, config.max_test // test.n_classes), config.seed)
         self.test, self.encoded_test = test, encoder.prepare(test.texts, test.texts_b)
+        self.encoded_for_adamw: EncodedTexts | None = None
         self.embedded: dict[bytes, Tensor] = {}
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
 
@@ -182,7 +235,7 @@ class _TaskEvaluation:
                 ((adapted, head),) = baseline.fit(support, seed)
                 seconds, extra = time.perf_counter() - start, {"optimizer_steps": self.config.adamw_steps}
                 with torch.no_grad():
-                    features = adapted.embed(self.encoded_test)
+                    features = adapted.embed(self._test_of(adapted))
             elif name == "generated":
                 result = generate_adapters(
                     self.policy,
@@ -204,6 +257,14 @@ class _TaskEvaluation:
                 seconds = time.perf_counter() - start
                 features = self._embed_test(state)
             self.rows[name].append({**scores(head, features, self.test), "seconds": seconds, **extra})
+
+    def _test_of(self, adapted: TextEncoder) -> EncodedTexts:
+        """The test texts as far as the frozen layers below the adapter, in AdamW's precision."""
+        if adapted.dtype == self.encoder.dtype:
+            return self.encoded_test
+        if self.encoded_for_adamw is None:
+            self.encoded_for_adamw = adapted.prepare(self.test.texts, self.test.texts_b)
+        return self.encoded_for_adamw
 
     @torch.no_grad()
     def _conditioned(self, name: str, support: Examples, seed: int) -> tuple[Tensor, Head, dict[str, Any]]:
@@ -231,7 +292,9 @@ class _TaskEvaluation:
                 reference = self._reference(name)
                 index = reference.wrong_task(self.task.family, self.task.name, seed, reference.nearest(features))
                 features, extra = reference.task_features(index), {"task": reference.names[index]}
-            state = rollout(policy, TaskFeatures.stack([features]))[0, -1]
+            optimizer = policy.optimizer_index(self.generation.optimizer, 1)
+            steps = self.generation.policy_steps
+            state = rollout(policy, TaskFeatures.stack([features]), optimizer=optimizer, policy_steps=steps)[0, -1]
         return state, self._head(encoded, state, support), extra
 
     def _reference(self, name: str) -> ReferenceSet:

@@ -3,10 +3,23 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import fields
-from numbers import Integral
+from math import isfinite, isnan
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+
+
+def is_number(value: Any, finite: bool = True) -> bool:
+    """Whether a value is a real number, not NaN.
+
+    Args:
+        value: The value.
+        finite: Whether infinity is none.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return isfinite(value) if finite else not isnan(value)
 
 
 def take_whole_numbers(config: Any, names: Sequence[str] = ()) -> None:

@@ -2,9 +2,8 @@
 
 import os
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,10 +26,10 @@ from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConf
 from lohp_peft.cards import adapter_card_of, write_card
 from lohp_peft.hub import PushReport, find_policy, push_folder
 from lohp_peft.policy import LoHpPolicy
-from lohp_peft.tasks import Examples, Head, TaskFeatures, TextEncoder, tokenizer_problems
+from lohp_peft.tasks import Head, TaskFeatures, TextEncoder, tokenizer_problems
 from lohp_peft.tasks.requirements import check_base_model
+from lohp_peft.tasks.task import Support, read_support
 
-Support = Examples | Iterable[Mapping[str, Any]]
 NAMED_OTHERWISE = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """PEFT's task types whose models hold the base model under a name of its own; models of `SEQ_2_SEQ_LM` do not."""
 
@@ -236,32 +235,6 @@ def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed
     return TextEncoder(base_model, tokenizer, policy.space, **reading, dtype=dtype)
 
 
-def read_support(support: Support) -> Examples:
-    """Check a support set, in which examples of the same texts and label count once.
-
-    Args:
-        support: `Examples`, a `datasets.Dataset`, or rows `{text[, text_b], label}`.
-
-    Returns:
-        The examples.
-
-    Raises:
-        ValueError: When it is empty, malformed, or has fewer than two classes with examples.
-    """
-    examples = support if isinstance(support, Examples) else Examples.from_rows(support)
-    present = sorted(set(examples.labels))
-    if len(present) < 2:
-        names = [examples.label_names[i] for i in present]
-        raise ValueError(
-            f"A support set needs examples of at least two classes, got {len(examples)} examples of {len(present)} "
-            f"({', '.join(names) or 'none'})."
-        )
-    distinct = examples.distinct()  # one that is left out, or lies in the other half, must not be there a second time
-    if repeated := len(examples) - len(distinct):
-        warnings.warn(f"{repeated} of {len(examples)} examples repeat others and count once.", stacklevel=3)
-    return distinct
-
-
 def generate_adapter(
     policy: LoHpPolicy | str,
     base_model: nn.Module,
@@ -289,9 +262,17 @@ def generate_adapter(
 
 @contextmanager
 def as_trained(policy: LoHpPolicy, base_model: nn.Module) -> Iterator[None]:
-    """A context in which the policy has no dropout, the base model no adapters, and an autocast around it no effect."""
-    device = policy.scale.device.type
-    with evaluating(policy), only_active(base_of(base_model), None), torch.autocast(device, enabled=False):
+    """A context in which the policy has no dropout, the base model no adapters, and an autocast around it no effect.
+
+    Raises:
+        ValueError: When the base model holds merged adapters, or the policy is in half precision.
+    """
+    if policy.scale.dtype.itemsize < 4:
+        raise ValueError(f"A policy computes in float32 or wider, got {policy.scale.dtype}; see `mixed_precision`.")
+    devices = {x.device.type for x in (policy.scale, *base_model.parameters())} - {"meta"}
+    with ExitStack() as stack, evaluating(policy), only_active(base_of(base_model), None):
+        for device in sorted(devices):
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -333,15 +314,16 @@ def generate_adapters(
     if not len(supports):
         raise ValueError("`supports` must hold at least one support set, got none.")
     name, policy = policy if isinstance(policy, str) else None, load_policy(policy)
-    if config.optimizer is not None and config.optimizer not in policy.config.optimizers:
-        raise ValueError(
-            f"`optimizer` must be one of the recorded {policy.config.optimizers}, got {config.optimizer!r}."
-        )
+    policy.optimizer_index(config.optimizer, 1)  # refuses an unknown one before any work
     start = time.perf_counter()
     examples = [read_support(support) for support in supports]
-    encoder = encoder or encoder_for(policy, base_model, tokenizer, config.mixed_precision)
+    if encoder is not None and encoder.base_model is not base_of(base_model):
+        raise ValueError(
+            "`encoder` must be around `base_model`, got one around another model; make it with `encoder_for`."
+        )
     made = []
     with as_trained(policy, base_model):
+        encoder = encoder or encoder_for(policy, base_model, tokenizer, config.mixed_precision)
         job = CandidateSet(policy, encoder, examples, config)
         features = TaskFeatures.stack([job.features(i) for i in range(len(examples))])
         paths = job.rollout(features)
@@ -391,5 +373,5 @@ def _report(
             "pooling": policy.config.pooling,
             "max_length": policy.config.max_text_length,
         },
-        config=asdict(job.config),
+        config={**asdict(job.config), "mixed_precision": "no" if job.encoder.dtype is None else "bf16"},
     )

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lohp_peft import evaluation
 from lohp_peft.baselines import AdamWBaseline
 from lohp_peft.evaluation import METHODS, EvaluationConfig, evaluate_tasks, mean_scores, scores
 from lohp_peft.generation import GenerationConfig, generate_adapters
-from lohp_peft.tasks import Examples, Head, Task, solve_head
+from lohp_peft.tasks import Examples, Head, Task, TextEncoder, solve_head
 from tiny import build_encoder, build_policy, build_task
 
 TASKS = [
@@ -226,12 +227,121 @@ def test_errors(policy, encoder):
             policy, encoder, [TASKS[1], build_task("spam"), build_task("b")], on_task=lambda *_: pytest.fail("scored")
         )
     bare = build_policy(encoder)
-    with pytest.raises(ValueError, match="'mean_adapter' needs the policy's reference set"):
+    with pytest.raises(
+        ValueError, match="Nothing can be scored on task 'spam': 'mean_adapter' needs the policy's reference"
+    ):
         evaluate(bare, encoder, config=EvaluationConfig(shots=4, methods=("mean_adapter",)))
     alone = ("none", "generated_raw", "shuffled_labels")  # need the policy only
     assert set(evaluate(bare, encoder, config=EvaluationConfig(shots=4, draws=1, methods=alone))["tasks"]["spam"]) == {
         *alone
     }
+
+
+def test_methods_that_a_policy_has_nothing_for_are_left_out(encoder):
+    """As the wrong task where all training tasks are of one family; the rest is scored, and it is told before any work."""
+    alike = build_policy(encoder, [build_task(name, seed=i, family="spam") for i, name in enumerate("ab")])
+    told, config = [], EvaluationConfig(shots=4, draws=1, methods=("none", "wrong_task"))
+    with pytest.warns(UserWarning, match="Not scored on task 'spam': 'wrong_task' needs a training task") as caught:
+        found = evaluate(alike, encoder, TASKS, config=config, on_task=lambda *_: told.append(len(caught)))
+    assert told[0] == 1
+    assert caught[0].filename == __file__
+    assert {name: list(scored) for name, scored in found["tasks"].items()} == {
+        "spam": ["none"],
+        "mood": ["none", "wrong_task"],
+    }
+    with pytest.warns(
+        UserWarning, match="'mean_adapter' needs the policy's reference set.*'nearest_adapter'.*'wrong_task'"
+    ):
+        evaluate(build_policy(encoder), encoder, config=EvaluationConfig(shots=4, draws=1, adamw_steps=1))
+
+
+def test_unknown_families_have_a_wrong_task(encoder):
+    """Training tasks from files alone."""
+    alone = build_policy(encoder, [build_task(name, seed=i) for i, name in enumerate("abc")])
+    config = EvaluationConfig(shots=4, draws=4, methods=("nearest_adapter", "wrong_task"))
+    scored = evaluate(alone, encoder, [build_task("new", seed=9, test_rows=30)], config=config)["tasks"]["new"]
+    assert all(
+        one != other
+        for one, other in zip(scored["nearest_adapter"]["task"], scored["wrong_task"]["task"], strict=True)
+    )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_runs_where_others_have_switched_gradients_off(policy, encoder, mode):
+    config = EvaluationConfig(shots=4, draws=1, adamw_steps=2, adamw_learning_rate=0.05)
+    expected = evaluate(policy, encoder, config=config)["tasks"]["spam"]
+    with mode():
+        found = evaluate(policy, encoder, config=config)["tasks"]["spam"]
+        AdamWBaseline(encoder.base_model, encoder.tokenizer, policy, steps=1).fit(TASKS[0].draw_support(4, 0), 0)
+    assert {name: row["per_draw"] for name, row in found.items()} == {
+        name: row["per_draw"] for name, row in expected.items()
+    }
+
+
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+def test_adamw_reads_every_text_in_its_own_precision(policy, encoder, mixed, monkeypatch):
+    base_model = copy.deepcopy(encoder.base_model)
+    base_model.set_attn_implementation("eager")  # that of the baseline, which rounds otherwise
+    encoder = TextEncoder(base_model, encoder.tokenizer, encoder.space, max_length=encoder.max_length)
+    read, original = [], TextEncoder.embed
+
+    def embed(self, encoded, states=None, owner=None):
+        read.append((self.dtype, encoded))
+        return original(self, encoded, states, owner)
+
+    monkeypatch.setattr(TextEncoder, "embed", embed)
+    precision = {"no": None, "bf16": torch.bfloat16}
+    config = EvaluationConfig(shots=4, draws=2, methods=("adamw",), adamw_steps=1, adamw_mixed_precision=mixed)
+    for generation in ("no", "bf16"):
+        read.clear()
+        evaluate(policy, encoder, config=config, generation=GenerationConfig(mixed_precision=generation))
+        assert {dtype for dtype, _ in read} == {precision[mixed]}
+        tests = [encoded for _, encoded in read if len(encoded.attention_mask) == len(TASKS[0].split("test"))]
+        reading = {"max_length": encoder.max_length, "pooling": policy.config.pooling, "dtype": precision[mixed]}
+        alone = TextEncoder(encoder.base_model, encoder.tokenizer, encoder.space, **reading)
+        hidden = alone.prepare(TASKS[0].split("test").texts).hidden
+        assert len(tests) == 2
+        for encoded in tests:
+            torch.testing.assert_close(encoded.hidden, hidden, rtol=0, atol=1e-5)
+
+
+def test_raw_rollouts_have_the_settings_of_the_generation(policy, encoder):
+    """`generated` without a choice is the raw rollout, whatever the settings."""
+    for settings in ({"policy_steps": 1}, {"optimizer": policy.config.optimizers[-1]}):
+        generation = GenerationConfig(choose=False, **settings)
+        raw = _embedded(policy, encoder, "generated_raw", generation)
+        torch.testing.assert_close(raw, _embedded(policy, encoder, "generated", generation))
+        assert not torch.allclose(raw, _embedded(policy, encoder, "generated_raw", None), atol=1e-4)
+    with pytest.raises(ValueError, match="`closed_loop` measures .* which \\['wrong_task'\\] cannot"):
+        evaluate(
+            policy,
+            encoder,
+            config=EvaluationConfig(methods=("wrong_task",)),
+            generation=GenerationConfig(closed_loop=True),
+        )
+    with pytest.raises(ValueError, match="must be one of the recorded"):
+        evaluate(policy, encoder, generation=GenerationConfig(optimizer="nobody"))
+
+
+def _embedded(policy, encoder, method, generation):
+    """The test texts under the adapter of a method."""
+    found, original = [], evaluation.scores
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "scores", lambda head, x, examples: found.append(x) or original(head, x, examples))
+        config = EvaluationConfig(shots=4, draws=1, methods=(method,))
+        evaluate(policy, encoder, config=config, generation=generation)
+    return found[0]
+
+
+def test_test_rows_that_are_in_train_are_told(policy, encoder):
+    rows = TASKS[0].split("test")
+    twice = Examples(rows.texts * 2, rows.labels * 2, rows.label_names)
+    task = replace(TASKS[0], examples=twice, splits=("train",) * len(rows) + ("test",) * len(rows))
+    different = len(set(rows.texts))
+    with pytest.warns(
+        UserWarning, match=f"'spam': {different} of {different} different texts of split test are in split train"
+    ):
+        evaluate(policy, encoder, [task], config=EvaluationConfig(shots=4, draws=1, methods=("none",)))
 
 
 @pytest.mark.filterwarnings("ignore:.*examples repeat others")

@@ -61,6 +61,43 @@ def test_an_autocast_around_it_changes_nothing(bert, policy, tokenizer):
     torch.testing.assert_close(inside.head.weight, plain.head.weight, rtol=0, atol=0)
 
 
+def test_a_wide_default_type_changes_nothing_with_one_example_a_class(bert, policy, tokenizer):
+    rows = list({row["label"]: row for row in build_rows()}.values())
+    plain = generate_adapter(policy, bert, tokenizer, rows)
+    torch.set_default_dtype(torch.float64)
+    try:
+        wide = generate_adapter(policy, bert, tokenizer, rows)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(wide.state, plain.state, rtol=0, atol=1e-6)
+
+
+def test_a_merged_adapter_is_named_before_weights_are_compared(bert, policy, tokenizer):
+    model = get_peft_model(bert, LoraConfig(init_lora_weights=False, **TARGETS))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="one is merged into .*; unmerge it first"):
+        generate_adapter(policy, model, tokenizer, build_rows())
+
+
+def test_a_policy_in_half_precision_is_refused(bert, policy, tokenizer):
+    with pytest.raises(ValueError, match=r"computes in float32 or wider, got torch\.bfloat16"):
+        generate_adapter(policy.bfloat16(), bert, tokenizer, build_rows())
+
+
+def test_an_encoder_that_is_given_counts_and_is_of_the_same_model(bert, policy, tokenizer):
+    asked = GenerationConfig(mixed_precision="bf16")
+    (made,) = generate_adapters(
+        policy, bert, tokenizer, [build_rows()], asked, encoder=encoder_for(policy, bert, tokenizer)
+    )
+    assert made.report.config["mixed_precision"] == "no"
+    (made,) = generate_adapters(policy, bert, tokenizer, [build_rows()], asked)
+    assert made.report.config["mixed_precision"] == "bf16"
+    with pytest.raises(ValueError, match="`encoder` must be around `base_model`"):
+        generate_adapters(
+            policy, build_bert(), tokenizer, [build_rows()], encoder=encoder_for(policy, bert, tokenizer)
+        )
+
+
 def test_an_autocast_around_it_changes_no_classifier(tokenizer):
     written = []
     for enabled in (False, True):

@@ -1,6 +1,7 @@
 """`lohp-peft evaluate`: generated adapters beside their baselines and controls."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated, Any
@@ -30,7 +31,16 @@ def evaluate(
     tasks = load_tasks(task)
     model, tokenizer = load_base_model(base_model)
     model = on_accelerator(model)
-    results = evaluate_tasks(load_policy(policy), model, tokenizer, tasks, shots=shots, draws=draws, seed=seed)
+    done: dict[str, Any] = {}
+
+    def keep(name: str, scores: dict[str, Any]) -> None:
+        done[name] = scores
+        if json is not None and str(json) != "-":
+            with suppress(OSError):  # told at the end, below the table
+                write_json({"tasks": done}, json)  # of a run that is stopped, too
+
+    given = {"shots": shots, "draws": draws, "seed": seed}
+    results = evaluate_tasks(load_policy(policy), model, tokenizer, tasks, **given, on_task=keep)
     if str(json) != "-":
         show(results["tasks"])  # whatever becomes of the file
     if json is not None:

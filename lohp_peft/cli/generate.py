@@ -6,7 +6,20 @@ from typing import Annotated
 import typer
 
 from lohp_peft.cli.overrides import read_config
-from lohp_peft.cli.resources import load_base_model, load_policy, load_tasks, on_accelerator, write_json
+from lohp_peft.cli.resources import (
+    check_new_folder,
+    load_base_model,
+    load_policy,
+    load_tasks,
+    on_accelerator,
+    write_json,
+)
+
+ABSTAINED = {
+    "none": "It changes nothing of the base model; only the head is the task's.",
+    "mean": "It is the average adapter of the training tasks, the same for every task; only the head is this task's.",
+}
+"""What is said of an adapter that does not depend on the examples."""
 
 
 def generate(
@@ -30,8 +43,7 @@ def generate(
 
     given = [] if seed is None else [f"seed={seed}"]
     config = read_config(GenerationConfig, None, ctx.args, [*(sets or ()), *given])
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"`--output` must be an empty or a new folder, got {output}, which has content.")
+    check_new_folder(output)
     (loaded,) = load_tasks([task])
     support = loaded.draw_support(shots, config.seed)
     model, tokenizer = load_base_model(base_model)
@@ -43,5 +55,5 @@ def generate(
         report = generated.report
         typer.echo(f"Wrote a LoRA from {len(support)} examples of {support.n_classes} classes to {output}.")
         typer.echo(f"Chosen: {report.chosen}. {report.reason}")
-        if report.abstained:
-            typer.echo("It changes nothing of the base model; only the head is the task's.")
+        if said := ABSTAINED.get(report.chosen):
+            typer.echo(said)

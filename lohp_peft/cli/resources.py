@@ -166,6 +166,19 @@ def check_target(target: Path | None) -> None:
         raise ValueError(f"`--json` must be a file that can be written, or `-`, got {target}.")
 
 
+def check_new_folder(target: Path) -> None:
+    """Make sure, before work that takes long, that a folder can be made at `target`, or is there and empty.
+
+    Raises:
+        ValueError: When it has content or cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"`--output` must be an empty or a new folder, got {target}, which has content.")
+    there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"`--output` must be a folder that can be written, got {target}.")
+
+
 def write_json(content: Any, target: Path | None = None) -> None:
     """Write JSON to a file, or to standard output when there is none or it is `-`."""
     text = json.dumps(content, indent=2, default=_plain)

@@ -155,6 +155,23 @@ class LoHpPolicy(PreTrainedModel):
         ratios = modules[..., : modules.shape[-1] // 2].flatten(-2)
         return scaled, torch.cat([scaled.set, scaled.labels, ratios], -1)
 
+    def optimizer_index(self, name: str | None, batch: int) -> Tensor | None:
+        """What `forward_policy` takes for a recorded optimizer, shape (batch,), and `None` for none in particular.
+
+        Args:
+            name: The optimizer.
+            batch: How many tasks imitate it.
+
+        Raises:
+            ValueError: When it was not recorded.
+        """
+        known = self.config.optimizers
+        if name is None:
+            return None
+        if name not in known:
+            raise ValueError(f"`optimizer` must be one of the recorded {known}, got {name!r}.")
+        return torch.full((batch,), known.index(name) + 1, device=self.scale.device)
+
     def forward_policy(
         self,
         state: Tensor,

@@ -69,7 +69,9 @@ class ReferenceSet:
         return index, float(distance[index])
 
     def wrong_task(self, family: str, name: str, seed: int, nearest: int | None = None) -> int:
-        """The index of a seeded task of another family; for a task of unknown family, of another family than its nearest task.
+        """The index of a seeded task of another family.
+
+        For a task of unknown family it is of another family than its nearest task, where there is any, and not that task.
 
         Args:
             family: Family of the task; empty when unknown.
@@ -78,14 +80,34 @@ class ReferenceSet:
             nearest: Index of its nearest task, for an unknown family.
 
         Raises:
-            ValueError: When all reference tasks are of one family.
+            ValueError: When there is no such task.
         """
-        avoid = {family} if family else {self.families[nearest]} if nearest is not None else set()
-        others = [i for i, other in enumerate(self.families) if other not in avoid and self.names[i] != name]
+        others = self._apart(family, name)
+        if not family and nearest is not None:
+            others = [i for i in others if i != nearest]
+            others = [i for i in others if i in self._apart(self.families[nearest], name)] or others
         if not others:
-            raise ValueError(f"The wrong-task control needs a reference task outside {sorted(avoid)}; there is none.")
+            raise ValueError(
+                f"The wrong-task control needs a reference task that is not like {name!r}, of family {family or 'unknown'}; "
+                f"there are {len(self.names)}, of families {sorted(set(self.families))}."
+            )
         generator = torch.Generator().manual_seed(seed)
         return others[int(torch.randint(len(others), (1,), generator=generator))]
+
+    def has_wrong_task(self, family: str, name: str) -> bool:
+        """Whether `wrong_task` finds one, whichever task is nearest.
+
+        Args:
+            family: Family of the task; empty when unknown.
+            name: Its name.
+        """
+        return len(self._apart(family, name)) > (0 if family else 1)
+
+    def _apart(self, family: str, name: str) -> list[int]:
+        """Indices of tasks of another name and, where it is known, of another family."""
+        return [
+            i for i, other in enumerate(self.families) if not (family and other == family) and self.names[i] != name
+        ]
 
     def task_features(self, index: int) -> TaskFeatures:
         """The stored features of one task.

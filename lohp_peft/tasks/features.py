@@ -172,7 +172,7 @@ def support_errors(embeddings: Tensor, labels: Tensor, n_classes: int) -> tuple[
     errors = errors - (errors * x).sum(-1, keepdim=True) * x  # the length of an embedding does not count
     error_rate = (logits.argmax(-1) != labels).float().mean()
     if count.max() < 2:  # one example a class: all scores are equal but for rounding, which tells nothing
-        error_rate = 1 - 1 / (count > 0).sum()
+        error_rate = 1 - 1 / (count > 0).sum().to(logits.dtype)
     return errors, cross_entropy(logits, labels), error_rate
 
 

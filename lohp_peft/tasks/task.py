@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -295,6 +296,35 @@ def draw(examples: Examples, shots: int, seed: int) -> Examples:
         chosen.append(rows[torch.randperm(len(rows), generator=generator)[:shots]])
     index = torch.cat(chosen)
     return examples.select(index[torch.randperm(len(index), generator=generator)].tolist())
+
+
+Support = Examples | Iterable[Mapping[str, Any]]
+
+
+def read_support(support: Support) -> Examples:
+    """Check a support set, in which examples of the same texts and label count once.
+
+    Args:
+        support: `Examples`, a `datasets.Dataset`, or rows `{text[, text_b], label}`.
+
+    Returns:
+        The examples.
+
+    Raises:
+        ValueError: When it is empty, malformed, or has fewer than two classes with examples.
+    """
+    examples = support if isinstance(support, Examples) else Examples.from_rows(support)
+    present = sorted(set(examples.labels))
+    if len(present) < 2:
+        names = [examples.label_names[i] for i in present]
+        raise ValueError(
+            f"A support set needs examples of at least two classes, got {len(examples)} examples of {len(present)} "
+            f"({', '.join(names) or 'none'})."
+        )
+    distinct = examples.distinct()  # one that is left out, or lies in the other half, must not be there a second time
+    if repeated := len(examples) - len(distinct):
+        warnings.warn(f"{repeated} of {len(examples)} examples repeat others and count once.", stacklevel=3)
+    return distinct
 
 
 def balanced_rows(targets: torch.Tensor, most: int, seed: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ class EpisodeSampler:
         max_classes: Most classes in an episode (Ours: users' tasks have as many; alone it made no difference on validation).
         support_size: Support texts in an episode, at most, but two classes of two (Ours: 16 examples of six classes, as users
             give them).
-        query_size: Query texts in an episode, at most, but one of every class.
+        query_size: Query texts in an episode, at most, but one of every class, of every merged one too.
         max_shots: Support texts per class, at most, and known ones.
 
     Raises:
@@ -203,22 +203,30 @@ def contrast_task(
         rows_per_task: Most rows of each task, the same number of every class, drawn at random but always the same.
 
     Raises:
-        ValueError: When the tasks do not share their label names, naming both sides.
+        ValueError: When the tasks do not share their label names, naming both sides, or some are of pairs and some are not.
     """
     names = tasks[0].examples.label_names
     different = {task.name: task.examples.label_names for task in tasks if task.examples.label_names != names}
     if different:
         raise ValueError(f"A contrast needs tasks with one label set; {tasks[0].name!r} has {names}, but {different}.")
+    if len({task.examples.texts_b is None for task in tasks}) > 1:
+        pairs = [task.name for task in tasks if task.examples.texts_b is not None]
+        raise ValueError(
+            f"A contrast needs texts or pairs of texts throughout; of {len(tasks)} tasks {pairs} have pairs."
+        )
     texts: list[str] = []
+    texts_b: list[str] = []
     labels: list[int] = []
     for i, task in enumerate(tasks):
         rows = draw(task.split(split), max(1, rows_per_task // len(names)), seed=0)
         texts += rows.texts
+        texts_b += rows.texts_b or ()
         labels += [i] * len(rows) if by_task else list(rows.labels)
     label_names = tuple(task.name for task in tasks) if by_task else names
     family = "domain" if by_task else tasks[0].family
     licence = "; ".join(sorted({task.licence for task in tasks}))
-    return Task(name, Examples(tuple(texts), tuple(labels), label_names), (split,) * len(texts), family, licence)
+    examples = Examples(tuple(texts), tuple(labels), label_names, tuple(texts_b) or None)
+    return Task(name, examples, (split,) * len(texts), family, licence)
 
 
 def _uniform(generator: torch.Generator) -> float:

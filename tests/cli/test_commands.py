@@ -161,7 +161,36 @@ def test_generate(monkeypatch, loaded, task_file, tmp_path):
     result = run(*line)
     assert result.exit_code == 2
     assert "must be an empty or a new folder" in result.output
+    line[line.index(str(out))] = str(out / "mine.txt" / "adapter")
+    assert "must be a folder that can be written" in " ".join(run(*line).output.split())
     assert saved == [out, out]
+
+
+def test_generate_says_what_an_adapter_that_it_abstained_to_changes(monkeypatch, loaded, task_file, tmp_path):
+    from lohp_peft import generation
+
+    for chosen, said in (("none", "changes nothing of"), ("mean", "the average adapter of"), ("generated", "")):
+        report = SimpleNamespace(chosen=chosen, reason="Why.", abstained=chosen != "generated")
+        made = SimpleNamespace(save_pretrained=lambda folder, **_: None, report=report)
+        monkeypatch.setattr(generation, "generate_adapter", lambda *_, made=made: made)
+        line = ["generate", "--base-model", "minilm", "--task", str(task_file), "--shots", "3"]
+        output = run(*line, "--output", str(tmp_path / "adapter")).output
+        assert said in output
+        assert ("only the head is" in output) == (chosen != "generated")
+
+
+def test_an_evaluation_that_is_stopped_leaves_the_tasks_that_were_done(monkeypatch, loaded, task_file, tmp_path):
+    from lohp_peft import evaluation
+
+    def stopped(*args, on_task, **options):
+        on_task("parcels", RESULTS["tasks"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate_tasks", stopped)
+    out = tmp_path / "out.json"
+    result = run("evaluate", "--base-model", "minilm", "--task", str(task_file), "--json", str(out))
+    assert result.exit_code != 0
+    assert json.loads(out.read_text()) == {"tasks": {"parcels": RESULTS["tasks"]}}
 
 
 def test_prepare(base_folder, task_file, tmp_path):

@@ -44,8 +44,22 @@ def test_there_must_be_another_family(reference):
         reference.states[:2],
         reference.features[:2],
     )
-    with pytest.raises(ValueError, match=r"a reference task outside \['spam'\]; there is none"):
+    with pytest.raises(ValueError, match=r"not like 'new', of family spam; there are 2, of families \['spam'\]"):
         only.wrong_task("spam", "new", 0)
+    assert not only.has_wrong_task("spam", "new")
+    assert only.has_wrong_task("other", "new")
+    assert {only.wrong_task("", "new", seed, nearest=1) for seed in range(20)} == {0}  # all there is but the nearest
+    assert only.has_wrong_task("", "new")
+    assert not only.has_wrong_task("", only.names[0])
+    with pytest.raises(ValueError, match="of family unknown"):
+        only.wrong_task("", only.names[0], 0, nearest=1)
+
+
+def test_unknown_families_are_no_family(reference):
+    """As of a policy that was trained on files alone."""
+    unknown = ReferenceSet(reference.names, ["", "", ""], reference.states, reference.features)
+    assert {unknown.wrong_task("", "new", seed, nearest=1) for seed in range(20)} == {0, 2}
+    assert {unknown.wrong_task("spam", "new", seed, nearest=1) for seed in range(20)} == {0, 1, 2}
 
 
 def test_sizes_are_checked(reference):

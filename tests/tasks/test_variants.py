@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -150,3 +152,14 @@ def test_contrast_tasks_pool_the_same_texts():
     assert (by_class.family, by_task.family) == ("x", "domain")
     with pytest.raises(ValueError, match="one label set; 'a' has .* but {'three': "):
         contrast_task([tasks[0], build_task("three", n_classes=3)], True, "pool")
+
+
+def test_contrast_tasks_keep_pairs():
+    pairs = []
+    for task in (build_task("a"), build_task("b", seed=1)):
+        second = tuple(f"{text} again" for text in task.examples.texts)
+        pairs.append(replace(task, examples=replace(task.examples, texts_b=second)))
+    pooled = contrast_task(pairs, True, "pool", rows_per_task=10).examples
+    assert pooled.texts_b == tuple(f"{text} again" for text in pooled.texts)
+    with pytest.raises(ValueError, match=r"texts or pairs of texts throughout; of 2 tasks \['b'\] have pairs"):
+        contrast_task([build_task("a"), pairs[1]], True, "pool")
