@@ -61,8 +61,8 @@ def comparison(compare: Result, few_shot: Result) -> list[str]:
         f"give {_range(gains.values())} points on question types and the fine topics of stackoverflow20; the multi-task adapter "
         f"gains by the same steps, to {accuracy['multi_task_steps']}.",
         f"With 4 examples a class they have {few['ours']} ({few['adamw_80']} for AdamW's 80 steps, {few['multi_task']} for the "
-        f"multi-task adapter, {few['none']} for none), with 64 {many['ours']} ({many['multi_task']} and {many['none']}; AdamW was "
-        "not run).",
+        f"multi-task adapter, {few['none']} for none), with 64 {many['ours']} ({many['adamw_80']}, {many['multi_task']} and "
+        f"{many['none']}).",
         f"by {_mean(behind, questions, 0)} points on question types, by "
         f"{' and '.join(sorted({_mean(behind, [name], 0) for name in fine}))} on stackoverflow20 and on fewrel_pubmed, and "
         f"{'level' if abs(fmean(behind[name] for name in others)) < 0.005 else 'not level'} on the other {len(others)}.",
