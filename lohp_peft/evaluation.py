@@ -150,18 +150,19 @@ def evaluate_tasks(
         methods[task.name] = _possible(policy, task, config.methods)
     _tell_of_overlap(tasks)
     results = {}
-    with as_trained(policy, base_model), Work(console or Console(stderr=True)) as progress:
+    with as_trained(policy, base_model):
         encoder = encoder_for(policy, base_model, tokenizer, generation.mixed_precision)
-        bar = progress.add_task("evaluation", total=len(tasks) * config.draws)
-        for task in tasks:
-            progress.update(bar, note=task.name)
-            one = _TaskEvaluation(policy, encoder, task, replace(config, methods=methods[task.name]), generation)
-            for number in range(config.draws):
-                one.run_draw(number)
-                progress.advance(bar)
-            results[task.name] = one.summary()
-            if on_task is not None:
-                on_task(task.name, results[task.name])
+        with Work(console or Console(stderr=True)) as progress:
+            bar = progress.add_task("evaluation", total=len(tasks) * config.draws)
+            for task in tasks:
+                progress.update(bar, note=task.name)
+                one = _TaskEvaluation(policy, encoder, task, replace(config, methods=methods[task.name]), generation)
+                for number in range(config.draws):
+                    one.run_draw(number)
+                    progress.advance(bar)
+                results[task.name] = one.summary()
+                if on_task is not None:
+                    on_task(task.name, results[task.name])
     return {"tasks": results}
 
 

@@ -161,7 +161,7 @@ def check_target(target: Path | None) -> None:
     """
     if target is None or str(target) == "-":
         return
-    there = target if target.exists() else next(parent for parent in target.absolute().parents if parent.exists())
+    there = target if target.exists() else next(parent for parent in target.parents if parent.exists())
     if there.is_dir() == (there is target) or not os.access(there, os.W_OK):
         raise ValueError(f"`--json` must be a file that can be written, or `-`, got {target}.")
 
@@ -174,7 +174,7 @@ def check_new_folder(target: Path) -> None:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`--output` must be an empty or a new folder, got {target}, which has content.")
-    there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    there = next(path for path in (target, *target.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"`--output` must be a folder that can be written, got {target}.")
 
