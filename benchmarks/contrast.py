@@ -38,6 +38,7 @@ from setting import (
     load_subject,
     of_split,
     result_file,
+    seeds_of,
     write_json,
 )
 from text_suite import CONTRAST_PAIRS, ContrastPair
@@ -218,11 +219,6 @@ def measure(
     }
 
 
-def runs_of(work: Path, name: str) -> list[dict[str, Any]]:
-    """The finished training seeds of one pair, in their order."""
-    return sorted((json.loads(file.read_text()) for file in work.glob(f"{name}-*.json")), key=lambda run: run["seed"])
-
-
 def check_policy(files: Sequence[Path], seed: int, policy: Mapping[str, Any]) -> None:
     """One policy for all pairs of a seed."""
     if others := sorted(file.name for file in files if json.loads(file.read_text())["policy"] != policy):
@@ -292,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name in pending:
                 write_json(files[name], measure(name, pools[name], policy, encoder, training, options))
             add_states(files[name], lacking[name], Scorer(policy, encoder, pools[name][1]), options)
-    found = {name: runs for name in CONTRAST_PAIRS if (runs := runs_of(options.work, name))}
+    found = {name: runs for name in CONTRAST_PAIRS if (runs := seeds_of(options.work, name))}
     settings["policy"] = next(iter(found.values()))[0]["policy"]
     summary = summarise({name: over_seeds(runs) for name, runs in found.items()})
     result = {"benchmark": "contrast", "settings": settings, "environment": environment(), **summary}

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from setting import mean_of_seeds
+
 POINT = 0.01
 """Specialists are told apart, and shares of a distance taken, from here."""
 DIFFERENCES = {
@@ -37,9 +39,8 @@ def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One pair of several training seeds: every method's mean over those it has, and over draws of these means its error."""
 
     def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        per_draw = [fmean(values) for values in zip(*(row["per_draw"] for row in rows), strict=True)]
-        whole = {"accuracy": fmean(per_draw), "standard_error": standard_error(per_draw), "per_draw": per_draw}
-        return {**whole, "accuracy_of_seeds": [row["accuracy"] for row in rows]}
+        found = mean_of_seeds(rows)
+        return {**found, "standard_error": standard_error(found["per_draw"])}
 
     labelings = {}
     for labeling in runs[0]["labelings"]:

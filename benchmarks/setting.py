@@ -98,6 +98,21 @@ def write_json(target: Path, content: Any) -> None:
     part.replace(target)
 
 
+def seeds_of(work: Path, name: str) -> list[dict[str, Any]]:
+    """The finished training seeds of one part of a suite, files `NAME-SEED.json`, in their order."""
+    return sorted((json.loads(file.read_text()) for file in work.glob(f"{name}-*.json")), key=lambda run: run["seed"])
+
+
+def mean_of_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One method's scores of several training seeds: their mean draw by draw, and each seed's accuracy."""
+    per_draw = [fmean(values) for values in zip(*(row["per_draw"] for row in rows), strict=True)]
+    return {
+        "accuracy": fmean(per_draw),
+        "per_draw": per_draw,
+        "accuracy_of_seeds": [row["accuracy"] for row in rows],
+    }
+
+
 def result_file(name: str, output: Path | None, whole: bool) -> Path | None:
     """Where a result goes: what was asked for, else the published one; a part of a suite never takes its place."""
     if output is None and not whole:

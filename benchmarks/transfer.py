@@ -20,7 +20,7 @@ from typing import Any
 
 import compare
 import torch
-from setting import check_settings, environment, result_file, with_interval, write_json
+from setting import check_settings, environment, mean_of_seeds, result_file, seeds_of, with_interval, write_json
 from shipped_policy import prepare, train
 from splits import TRANSFER_FOLDS, families
 
@@ -90,9 +90,7 @@ def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Tasks of one fold, every method's scores the mean over its training seeds, draw by draw."""
 
     def mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        per_draw = [fmean(values) for values in zip(*(row["per_draw"] for row in rows), strict=True)]
-        scores = {key: fmean(row[key] for row in rows) for key in ("accuracy", "macro_f1", "seconds")}
-        return {**scores, "per_draw": per_draw, "accuracy_of_seeds": [row["accuracy"] for row in rows]}
+        return mean_of_seeds(rows) | {key: fmean(row[key] for row in rows) for key in ("macro_f1", "seconds")}
 
     return {
         name: {method: mean([run["tasks"][name][method] for run in runs]) for method in METHODS}
@@ -139,13 +137,6 @@ def summarise(tasks: dict[str, dict[str, Any]], of: dict[str, str]) -> dict[str,
     return {"all": row(list(tasks)), "families": {family: row(names) for family, names in by_family.items()}}
 
 
-def runs_of(work: Path, fold: int) -> list[dict[str, Any]]:
-    """The finished seeds of a fold, in their order."""
-    return sorted(
-        (json.loads(file.read_text()) for file in work.glob(f"fold_{fold}-*.json")), key=lambda run: run["seed"]
-    )
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder of the finished cells")
@@ -186,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             started = jobs()
             for number, job in enumerate(as_completed(started), 1):
                 print(f"[{stage} {number}/{len(started)}] {', '.join(TRANSFER_FOLDS[job.result()])}", flush=True)
-    folds = {fold: runs for fold in range(len(TRANSFER_FOLDS)) if (runs := runs_of(options.work, fold))}
+    folds = {fold: runs for fold in range(len(TRANSFER_FOLDS)) if (runs := seeds_of(options.work, f"fold_{fold}"))}
     seeds = set.intersection(*({run["seed"] for run in runs} for runs in folds.values()))
     if not seeds:
         raise SystemExit(

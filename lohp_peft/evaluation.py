@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lohp_peft.baselines import AdamWBaseline
 from lohp_peft.fields import document_fields, take_whole_numbers
 from lohp_peft.generation import GenerationConfig, as_trained, encoder_for, generate_adapters, load_policy
-from lohp_peft.policy import LoHpPolicy, ReferenceSet, rollout
+from lohp_peft.policy import LoHpPolicy, rollout
 from lohp_peft.progress import Work
 from lohp_peft.tasks import Examples, Head, Task, TaskFeatures, TextEncoder, draw, solve_head, task_features
 from lohp_peft.tasks.encoder import EncodedTexts
@@ -148,7 +148,7 @@ def evaluate_tasks(
     methods = {}
     for task in tasks:
         methods[task.name] = _possible(policy, task, config.methods)
-    _tell_of_overlap(tasks)
+        _tell_of_overlap(task)
     results = {}
     with as_trained(policy, base_model):
         encoder = encoder_for(policy, base_model, tokenizer, generation.mixed_precision)
@@ -181,20 +181,15 @@ def _possible(policy: LoHpPolicy, task: Task, methods: Sequence[str]) -> tuple[s
     return tuple(name for name in methods if name not in left_out)
 
 
-def _tell_of_overlap(tasks: Sequence[Task]) -> None:
+def _tell_of_overlap(task: Task) -> None:
     """Warn of test rows that support sets may hold as well."""
-    for task in tasks:
-        train, test = (set(_read(task.split(split))) for split in ("train", "test"))
-        if shared := len(train & test):
-            warnings.warn(
-                f"Task {task.name!r}: {shared} of {len(test)} different texts of split test are in split train too, which "
-                "makes every score too good. Take them out of one of the two.",
-                stacklevel=BY_CALLER,
-            )
-
-
-def _read(examples: Examples) -> Iterable[Any]:
-    return examples.texts if examples.texts_b is None else zip(examples.texts, examples.texts_b, strict=True)
+    train, test = (set(task.split(split).read()) for split in ("train", "test"))
+    if shared := len(train & test):
+        warnings.warn(
+            f"Task {task.name!r}: {shared} of {len(test)} different texts of split test are in split train too, which "
+            "makes every score too good. Take them out of one of the two.",
+            stacklevel=BY_CALLER,
+        )
 
 
 class _TaskEvaluation:
@@ -213,6 +208,7 @@ class _TaskEvaluation:
         if config.max_test is not None and len(test) > config.max_test:
             test = draw(test, max(1, config.max_test // test.n_classes), config.seed)
         self.test, self.encoded_test = test, encoder.prepare(test.texts, test.texts_b)
+        self.reference: Any = policy.reference_set  # there where one of the methods needs it, see `_possible`
         self.encoded_for_adamw: EncodedTexts | None = None
         self.embedded: dict[bytes, Tensor] = {}
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
@@ -270,14 +266,14 @@ class _TaskEvaluation:
     @torch.no_grad()
     def _conditioned(self, name: str, support: Examples, seed: int) -> tuple[Tensor, Head, dict[str, Any]]:
         """State, head and notes of a method that only differs in where its adapter comes from."""
-        policy = self.policy
+        policy, reference = self.policy, self.reference
         extra: dict[str, Any] = {}
         encoded = self.encoder.prepare(support.texts, support.texts_b)
         zero = policy.scale.new_zeros(tuple(policy.space.shape))
         if name == "none":
             return zero, self._head(encoded, zero, support), extra
         if name == "mean_adapter":
-            state = self._reference(name).mean_state()
+            state = reference.mean_state()
             return state, self._head(encoded, state, support), extra
         statistics = self.encoder.statistics(encoded)
         labels = support.targets
@@ -285,23 +281,16 @@ class _TaskEvaluation:
             labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
         features = task_features(statistics, labels, support.n_classes, policy.reference_tensors())
         if name == "nearest_adapter":
-            reference = self._reference(name)
             index = reference.nearest(features)
             state, extra = reference.states[index], {"task": reference.names[index]}
         else:
             if name == "wrong_task":
-                reference = self._reference(name)
                 index = reference.wrong_task(self.task.family, self.task.name, seed, reference.nearest(features))
                 features, extra = reference.task_features(index), {"task": reference.names[index]}
             optimizer = policy.optimizer_index(self.generation.optimizer, 1)
             steps = self.generation.policy_steps
             state = rollout(policy, TaskFeatures.stack([features]), optimizer=optimizer, policy_steps=steps)[0, -1]
         return state, self._head(encoded, state, support), extra
-
-    def _reference(self, name: str) -> ReferenceSet:
-        if self.policy.reference_set is None:
-            raise ValueError(f"Method {name!r} needs the policy's reference set; this policy folder has none.")
-        return self.policy.reference_set
 
     def _head(self, encoded: EncodedTexts, state: Tensor, support: Examples) -> Head:
         embeddings = self.encoder.embed(encoded, state[None] if state.any() else None)

@@ -1,25 +1,25 @@
 """What the fields of a configuration say of themselves, and what all whole numbers among them have to be."""
 
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from math import isfinite, isnan
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 
 
 def is_number(value: Any, finite: bool = True) -> bool:
-    """Whether a value is a real number, not NaN.
+    """Whether a value is an int or a float of Python, which JSON can hold, and not NaN.
 
     Args:
         value: The value.
-        finite: Whether infinity is none.
+        finite: Whether what is infinite as a float is none.
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return isfinite(value) if finite else not isnan(value)
+    return abs(value) <= sys.float_info.max if finite else value == value
 
 
 def take_whole_numbers(config: Any, names: Sequence[str] = ()) -> None:

@@ -493,6 +493,7 @@ def test_scores_are_losses_of_heads_that_did_not_see_the_example(generate, polic
         ({"amplitudes": ("a",)}, "`amplitudes` must be positive numbers"),
         ({"amplitudes": (float("inf"),)}, "`amplitudes` must be positive numbers"),
         ({"noise": "x"}, "`noise` must be at least 0, got 'x'"),
+        ({"noise": 10**400}, "`noise` must be at least 0, got 1000"),
         ({"noise": float("inf")}, "`noise` must be at least 0, got inf"),
         ({"margin": None}, "`margin` must be a number, got None"),
         ({"gradient_learning_rate": None}, "`gradient_learning_rate` must be a positive number, got None"),

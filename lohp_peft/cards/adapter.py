@@ -210,6 +210,8 @@ def _adapter_snippet(
 ) -> str:
     base, method = config.get(BASE_KEY), config.get("peft_type")
     base = base if is_hub_id(base) else "path/to/the/base/model"
+    tokenizer = f"""tokenizer = AutoTokenizer.from_pretrained("{base}")
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token"""
     if not has_head:
         auto = {
             "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -220,15 +222,14 @@ def _adapter_snippet(
         }.get(str(config.get("task_type")), "AutoModel")
         count = f", num_labels={len(labels)}" if labels and auto.endswith("SequenceClassification") else ""
         register = "import lohp_peft  # PEFT knows this type of adapter only then\n" if method == "LOHP" else ""
-        tokenizer, padding = "", ""
+        also, padding = "", ""
         if auto.endswith("SequenceClassification") and provenance.get("pooling") == "last":
-            tokenizer = ", AutoTokenizer"
-            padding = f"""tokenizer = AutoTokenizer.from_pretrained("{base}")
-tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            also = ", AutoTokenizer"
+            padding = f"""{tokenizer}
 base_model.config.pad_token_id = tokenizer.pad_token_id  # by which it tells where a text ends
 """
         return (
-            f"{register}from peft import PeftModel\nfrom transformers import {auto}{tokenizer}\n\n"
+            f"{register}from peft import PeftModel\nfrom transformers import {auto}{also}\n\n"
             f'base_model = {auto}.from_pretrained("{base}"{count})\n{padding}'
             f'model = PeftModel.from_pretrained(base_model, "{location}").eval()'
         )
@@ -243,8 +244,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 folder = snapshot_download("{location}")  # or the path of a local copy
-tokenizer = AutoTokenizer.from_pretrained("{base}")
-tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+{tokenizer}
 model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), folder).eval()
 head = load_file(f"{{folder}}/head.safetensors")
 labels = {json.dumps(labels)}

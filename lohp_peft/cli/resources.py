@@ -161,8 +161,7 @@ def check_target(target: Path | None) -> None:
     """
     if target is None or str(target) == "-":
         return
-    there = target if target.exists() else next(parent for parent in target.parents if parent.exists())
-    if there.is_dir() == (there is target) or not os.access(there, os.W_OK):
+    if target.is_dir() or not _can_be_written(target):
         raise ValueError(f"`--json` must be a file that can be written, or `-`, got {target}.")
 
 
@@ -174,9 +173,14 @@ def check_new_folder(target: Path) -> None:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`--output` must be an empty or a new folder, got {target}, which has content.")
-    there = next(path for path in (target, *target.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if not _can_be_written(target):
         raise ValueError(f"`--output` must be a folder that can be written, got {target}.")
+
+
+def _can_be_written(target: Path) -> bool:
+    """Whether there is such a file or folder to write to, or a folder above it, as it is given, to make it in."""
+    there = next(path for path in (target, *target.parents) if path.exists())
+    return (there is target or there.is_dir()) and os.access(there, os.W_OK)
 
 
 def write_json(content: Any, target: Path | None = None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from lohp_peft.fields import is_number
 from lohp_peft.files import read_json
 
 SCHEMA_VERSION = 3
@@ -127,7 +128,7 @@ class LoHpPolicyConfig(PretrainedConfig):
         }
         numbers = {"ridge": ridge, "dropout": dropout, "noise_scale": noise_scale}
         wrong = {name: value for name, value in texts.items() if not isinstance(value, str)}
-        wrong |= {name: value for name, value in numbers.items() if not _is_number(value)}
+        wrong |= {name: value for name, value in numbers.items() if not (is_number(value) and abs(value) < MAX_SIZE)}
         mappings = {"layout": layout, "provenance": provenance}
         wrong |= {name: value for name, value in mappings.items() if not isinstance(value, dict | None)}
         if state_shape is not None and not (_is_list_of(int, state_shape) and len(state_shape) == 2):
@@ -189,7 +190,3 @@ def _decoded(value: Any) -> Any:
 
 def _is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list | tuple) and all(type(item) is kind for item in value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_SIZE

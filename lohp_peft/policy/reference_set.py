@@ -85,7 +85,8 @@ class ReferenceSet:
         others = self._apart(family, name)
         if not family and nearest is not None:
             others = [i for i in others if i != nearest]
-            others = [i for i in others if i in self._apart(self.families[nearest], name)] or others
+            apart = self._apart(self.families[nearest], name)
+            others = [i for i in others if i in apart] or others
         if not others:
             raise ValueError(
                 f"The wrong-task control needs a reference task that is not like {name!r}, of family {family or 'unknown'}; "

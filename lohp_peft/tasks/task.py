@@ -80,10 +80,13 @@ class Examples:
             tuple(self.texts[i] for i in rows), tuple(self.labels[i] for i in rows), self.label_names, texts_b
         )
 
+    def read(self) -> list[tuple[str, str | None]]:
+        """What is read of every row: its text and, of a pair, the second one."""
+        return list(zip(self.texts, self.texts_b or [None] * len(self), strict=True))
+
     def distinct(self) -> "Examples":
         """Every row once: of rows with the same texts and the same label the first."""
-        pairs = [None] * len(self) if self.texts_b is None else self.texts_b
-        first = {row: i for i, row in reversed(list(enumerate(zip(self.texts, pairs, self.labels, strict=True))))}
+        first = {row: i for i, row in reversed(list(enumerate(zip(self.read(), self.labels, strict=True))))}
         return self if len(first) == len(self) else self.select(sorted(first.values()))
 
     def with_labels(self, labels: Sequence[int], label_names: Sequence[str] | None = None) -> "Examples":
