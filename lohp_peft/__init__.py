@@ -9,7 +9,7 @@ from lohp_peft.registration import register
 
 if TYPE_CHECKING:
     from lohp_peft.adapters import AdapterLayout, CoreSpace, LoraBSpace
-    from lohp_peft.adapters.export import save_uniform_lora
+    from lohp_peft.adapters.uniform import save_uniform_lora
     from lohp_peft.baselines import AdamWBaseline
     from lohp_peft.evaluation import EvaluationConfig, evaluate_tasks
     from lohp_peft.generation import (
@@ -59,7 +59,7 @@ _LAZY = {
     "gradient_space": "weight_preparation",
     "import_checkpoints": "trajectories.importing",
     "prepare_trajectories": "weight_preparation",
-    "save_uniform_lora": "adapters.export",
+    "save_uniform_lora": "adapters.uniform",
     "sub_trajectory_balance_loss": "objectives",
     "train_policy": "policy_learning",
 }

@@ -1,16 +1,18 @@
 """`LoHpConfig`: LoRA whose weights a learned policy writes."""
 
+import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
 from lohp_peft.adapters.export import GenerationRecord, remove_record, unsupported_options
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.writing import backbone_of
+from lohp_peft.cards import is_hub_id
 from lohp_peft.fields import take_whole_numbers
 from lohp_peft.registration import ensure_peft_type
 from lohp_peft.tasks.task import read_json_lines
@@ -86,7 +88,8 @@ class LoHpConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = ensure_peft_type()
         # What is saved with weights says so, whatever route reads it and whatever becomes of it: `is_trainable` loads too.
-        self._saved_with_weights = self.inference_mode
+        # (A new one in inference mode, which is the caller's wish for a frozen adapter, has no targets yet.)
+        self._saved_with_weights = self.inference_mode and self.target_modules is not None
         names = ("policy", "policy_revision", "support")
         wrong = {
             name: type(getattr(self, name)).__name__
@@ -105,6 +108,8 @@ class LoHpConfig(LoraConfig):
             problems += [
                 f"`{name}` needs a `policy`, got {value!r}" for name, value in given.items() if value is not None
             ]
+        elif not self.policy:
+            problems.append("`policy` is empty; leave it out for plain LoRA, or name one")
         elif self.policy_revision is not None and "@" in self.policy:
             problems.append(
                 f"the revision stands in `policy` ({self.policy!r}) and in `policy_revision`; give it once"
@@ -136,8 +141,8 @@ class LoHpConfig(LoraConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write this configuration, or that of a plain LoRA and the record once an adapter has been generated."""
-        if generation_record(self) is None:
+        """Write this configuration, or that of a plain LoRA and the record once an adapter of its model was generated."""
+        if not is_plain_lora(self):
             super().save_pretrained(save_directory, **kwargs)
             remove_record(save_directory)
         else:
@@ -146,7 +151,8 @@ class LoHpConfig(LoraConfig):
     @property
     def follows_policy(self) -> bool:
         """Whether a new adapter takes its shape from a policy, rather than being loaded."""
-        return self.policy is not None and not self.inference_mode and not self._saved_with_weights
+        loaded = self._saved_with_weights or (self.inference_mode and self.target_modules is not None)
+        return self.policy is not None and not loaded
 
 
 def generation_record(config: LoraConfig) -> GenerationRecord | None:
@@ -157,6 +163,16 @@ def generation_record(config: LoraConfig) -> GenerationRecord | None:
 def keep_record(config: LoraConfig, record: GenerationRecord | None) -> None:
     """Attach the record of a generation to a configuration; it travels with it but is no field of it."""
     config.__dict__["_generation_record"] = record
+
+
+def is_plain_lora(config: LoraConfig) -> bool:
+    """Whether a configuration is saved as that of a plain LoRA: its adapter was generated, or another one of its model."""
+    return generation_record(config) is not None or config.__dict__.get("_beside_generated", False)
+
+
+def stand_beside_generated(config: LoHpConfig) -> None:
+    """Have a configuration saved as that of a plain LoRA, because PEFT loads adapters of one type alone into a model."""
+    config.__dict__["_beside_generated"] = True
 
 
 def follow_policy(config: LoHpConfig, model: nn.Module) -> None:
@@ -185,7 +201,8 @@ def follow_policy(config: LoHpConfig, model: nn.Module) -> None:
     if config.target_modules is None:
         config.target_modules = set(names)
     else:
-        matched = AdapterLayout.from_model(model, config.target_modules, config.layers_to_transform)
+        given = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules
+        matched = AdapterLayout.from_model(model, given, config.layers_to_transform)
         found = [spec.name for spec in matched.modules]
         if set(found) != set(names):
             problems.append(f"`target_modules` matches {found}, the policy's are {names}")
@@ -204,15 +221,21 @@ def read_support_file(source: str) -> list[dict[str, Any]]:
     """Rows of split `train` from a file of JSON lines, plain or gzipped, or from a data set `owner/name[@commit]`.
 
     Raises:
-        ValueError: When the file does not exist or is not JSON lines, naming every malformed line.
+        ValueError: When it is neither, or not JSON lines, naming every malformed line, or the data set cannot be loaded.
     """
     path = Path(source)
     if not path.is_file():
-        if path.suffix in (".jsonl", ".gz"):
-            raise ValueError(f"The support file {source} does not exist.")
-        from datasets import load_dataset
-
         name, _, revision = source.partition("@")
-        return list(load_dataset(name, split="train", revision=revision or None))
+        if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt", ".gz") or "/" not in name or not is_hub_id(name):
+            raise ValueError(
+                f"`support` must be a file of JSON lines or a data set owner/name, and there is no {source!r}."
+            )
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+
+        try:
+            return list(load_dataset(name, split="train", revision=revision or None))
+        except (OSError, ValueError, DatasetsError) as error:
+            raise ValueError(f"The data set {source!r} of `support` cannot be loaded: {error}") from error
     rows = read_json_lines(path)
     return [row for row in rows if not isinstance(row, dict) or (row.get("split") or "train") == "train"]

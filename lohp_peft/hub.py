@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from lohp_peft.adapters import base_model_fingerprint
-from lohp_peft.adapters.export import HEAD_FILE, tells_of_other_weights
 from lohp_peft.cards import CARD_OF, is_hub_id, public_base_model, write_card
 from lohp_peft.files import read_json, sha256
+from lohp_peft.folders import SAFE_NAMES, SAFE_SUFFIXES, adapters_in, check_folder, is_safe, owned_by
 
 __all__ = [
     "PushReport",
@@ -29,16 +29,12 @@ __all__ = [
     "push_folder",
 ]
 
-SAFE_SUFFIXES = (".json", ".md", ".safetensors")
-SAFE_NAMES = ("LICENSE",)
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 """Formats that run code when they are read; a repository that holds one is not fetched."""
 SHIPPED_POLICIES = {"shipped": "minilm-text"}
 """Policies inside the package, by the name that finds them."""
 _ON_THE_HUB = "owner/name@commit with a commit hash of 40 hexadecimal digits"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_LEFT_OUT = re.compile(r"checkpoint(-\d+)?|log\.jsonl|runs|trajectory_snapshots|\.lock|\.cache")
-"""What training leaves beside its result: states to resume from, logs of reporters, recordings on the way."""
 _EMPTY_CARD = "# Model Card for Model ID"
 _FINGERPRINT_FILES = ("lohp_provenance.json", "manifest.json", "config.json")
 
@@ -68,64 +64,6 @@ class PushReport:
         return asdict(self)
 
 
-def check_folder(folder: str | os.PathLike) -> tuple[str, dict[str, int]]:
-    """Check that `folder` is an adapter, a policy or a trajectory data set and holds nothing else.
-
-    What training leaves beside its result is left out: `checkpoint` and `checkpoint-<number>`, `log.jsonl`, `runs`,
-    `trajectory_snapshots`, `.lock` and `.cache`.
-
-    Returns:
-        Its kind and the size of every file that is to be published in bytes, by relative path.
-
-    Raises:
-        ValueError: Naming every file that is neither safetensors, JSON nor Markdown, every link and hidden file; when
-            the kind cannot be told or what tells it is damaged; when the base model is named by a path of this machine and no
-            generation has recorded its repository; or when an adapter was trained after its head had been solved.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder.")
-    problems, sizes = [], {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if _LEFT_OUT.fullmatch(Path(name).parts[0]):
-            continue
-        if path.is_symlink():
-            problems.append(f"{name} (a link)")
-        elif path.is_dir():
-            continue
-        elif any(part.startswith(".") for part in Path(name).parts):
-            problems.append(f"{name} (hidden)")
-        elif not _is_safe(path):
-            problems.append(name)
-        else:
-            sizes[name] = path.stat().st_size
-    if problems:
-        allowed = ", ".join((*SAFE_SUFFIXES, *SAFE_NAMES))
-        raise ValueError(
-            f"Only {allowed} files are published, but {folder} also holds {len(problems)} others: "
-            f"{', '.join(problems)}. Remove them or publish another folder."
-        )
-    kind, file, key = _kind(folder, sizes)
-    if kind == "adapter":
-        named = {name: public_base_model((folder / name).parent) for name in _adapters(sizes)}
-        heads = [(folder / name).with_name(HEAD_FILE) for name in named]
-        if stale := [str(head) for head in heads if head.exists() and tells_of_other_weights(head.parent)]:
-            raise ValueError(
-                f"The adapters' weights have changed since these heads were solved; remove them: {stale}."
-            )
-    else:
-        named = {file: read_json(folder / file).get(key)}
-    local = {name: base for name, base in named.items() if base and not is_hub_id(base)}
-    if local:
-        raise ValueError(
-            f"The {kind} in {folder} names its base model by a local path, which nobody else has: "
-            f"{', '.join(sorted({repr(base) for base in local.values()}))}. "
-            f"Write the repository id of the base model into `{key}` of {', '.join(local)} instead."
-        )
-    return kind, sizes
-
-
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
@@ -140,7 +78,8 @@ def push_folder(
     """Publish an adapter, a policy or recorded trajectories, with a card where there is none but PEFT's empty one.
 
     An adapter that was generated for a base model from a local folder names the policy's base model from here on.
-    Afterwards the branch holds the folder: safetensors and JSON files of before that it lacks are removed.
+    Of the branch, what a folder of before left of its kind and this one lacks is removed: shards of trajectories, an
+    adapter's head and provenance. Everything else there stays.
 
     Args:
         folder: What to publish, see `check_folder`.
@@ -165,14 +104,14 @@ def push_folder(
     kind, sizes = check_folder(folder)
     repo_type = "dataset" if kind == "trajectories" else "model"
     path, card = Path(folder) / "README.md", None
-    if not path.exists() or _EMPTY_CARD in path.read_text(encoding="utf-8"):
+    if not path.exists() or _EMPTY_CARD in _text_of(path):
         card = CARD_OF[kind](folder, name=repo_id.split("/")[1], location=repo_id, license=license)
         sizes = dict(sorted({**sizes, path.name: len(card.encode())}.items()))
     if dry_run:
         return PushReport(repo_id, repo_type, kind, sizes)
     if card is not None:
         write_card(folder, card)
-    for name in _adapters(sizes) if kind == "adapter" else ():
+    for name in adapters_in(sizes) if kind == "adapter" else ():
         public_base_model((Path(folder) / name).parent, write=True)
     sizes = {name: (Path(folder) / name).stat().st_size for name in sizes}
     api = HfApi(token=token)
@@ -187,7 +126,7 @@ def push_folder(
             revision=branch,
             commit_message=commit_message or f"Upload {kind}",
             allow_patterns=[glob.escape(name) for name in sizes],
-            delete_patterns=["*.json", "*.safetensors"],
+            delete_patterns=[name for name in owned_by(kind, sizes) if name not in sizes],
         )
     return PushReport(repo_id, repo_type, kind, sizes, commit.oid, commit.commit_url)
 
@@ -209,7 +148,8 @@ def pull_folder(
         revision: Commit hash of 40 hexadecimal digits. Branches and tags move, so they are not accepted.
         repo_type: `"model"` or `"dataset"`.
         base_model: The model that it is meant for; another one than it was made for is refused.
-        local_dir: Folder for real files; by default the download cache, whose files are links.
+        local_dir: Folder for real files; by default the download cache, whose files are links. What lies there already is
+            never written over: files of the commit are taken as they are, and trajectories to which more were appended.
         cache_dir: Download cache; the Hub's own by default.
         token: Access token; the stored login by default.
 
@@ -218,8 +158,9 @@ def pull_folder(
 
     Raises:
         ValueError: When `revision` is not a full commit hash; listing all files of the repository that run code when
-            they are read or whose paths lead elsewhere, before anything is fetched; listing all that differ from what
-            the commit holds; or when `base_model` is not the recorded one, naming both.
+            they are read or whose paths lead elsewhere, or of `local_dir` that are others than the commit's, before anything
+            is fetched; when the commit holds no readable file; listing all that differ from what the commit holds; or when
+            `base_model` is not the recorded one, naming both.
         RuntimeError: When the Hub refuses or cannot be reached.
     """
     if _COMMIT.fullmatch(revision) is None:
@@ -229,24 +170,27 @@ def pull_folder(
         )
     with _told_clearly(f"Fetching {repo_id} at {revision} failed"):
         files = _list_files(repo_id, revision, repo_type, token)
-        _refuse_unsafe(repo_id, files)
-        kept = {name: file for name, file in files.items() if _is_safe(Path(name))}
-        names = [glob.escape(name) for name in kept]
-        patterns = names if files else [*(f"*{suffix}" for suffix in SAFE_SUFFIXES), *SAFE_NAMES]
-        folder = snapshot_download(
-            repo_id,
-            repo_type=repo_type,
-            revision=revision,
-            allow_patterns=patterns,
-            local_dir=local_dir,
-            cache_dir=cache_dir,
-            token=token,
-        )
-    damaged = [name for name, file in kept.items() if not _arrived(Path(folder) / name, file)]
+        wanted = None if files is None else _readable(repo_id, files)
+        if local_dir is not None and wanted is not None:
+            wanted = _not_here(Path(local_dir), wanted, f"{repo_id} at {revision}", repo_type)
+        if local_dir is not None and (any(Path(local_dir).glob("*")) if wanted is None else not wanted):
+            folder = str(local_dir)
+        else:
+            every = [*(f"*{suffix}" for suffix in SAFE_SUFFIXES), *SAFE_NAMES]
+            folder = snapshot_download(
+                repo_id,
+                repo_type=repo_type,
+                revision=revision,
+                allow_patterns=every if wanted is None else [glob.escape(name) for name in wanted],
+                local_dir=local_dir,
+                cache_dir=cache_dir,
+                token=token,
+            )
+    damaged = [name for name, file in (wanted or {}).items() if not _arrived(Path(folder) / name, file)]
     if damaged:
         raise ValueError(
             f"{len(damaged)} files of {repo_id} are not what commit {revision} holds: {', '.join(damaged)}. "
-            f"Remove {folder} and fetch it again."
+            f"Remove them from {folder} and fetch it again."
         )
     if base_model is not None:
         check_fingerprint(folder, base_model)
@@ -328,26 +272,27 @@ def find_trajectories(
     )
 
 
-def _list_files(repo_id: str, revision: str, repo_type: str, token: str | None) -> dict[str, RepoFile]:
-    """The files of a commit by their paths; none where the Hub cannot be reached, so that only the cache can answer."""
+def _list_files(repo_id: str, revision: str, repo_type: str, token: str | None) -> dict[str, RepoFile] | None:
+    """The files of a commit by their paths; `None` where the Hub cannot be reached, so that only the cache can answer."""
     if constants.HF_HUB_OFFLINE:
-        return {}
+        return None
     try:
         tree = HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     except HfHubHTTPError:
         raise
     except Exception:  # the transport's own errors, which differ between versions of the client
-        return {}
+        return None
 
 
-def _is_safe(path: Path) -> bool:
-    return path.suffix in SAFE_SUFFIXES or path.name in SAFE_NAMES
+def _readable(repo_id: str, files: dict[str, RepoFile]) -> dict[str, RepoFile]:
+    """The files of a repository that are fetched.
 
-
-def _refuse_unsafe(repo_id: str, names: Iterable[str]) -> None:
+    Raises:
+        ValueError: Listing every file that runs code when it is read or leads elsewhere; when none is left.
+    """
     problems = []
-    for name in names:
+    for name in files:
         if "\\" in name or ":" in name or any(part in ("", ".", "..") for part in name.split("/")):
             problems.append(f"{name!r} (leads out of the folder)")
         elif Path(name).suffix.lower() in PICKLE_SUFFIXES:
@@ -357,6 +302,33 @@ def _refuse_unsafe(repo_id: str, names: Iterable[str]) -> None:
             f"{repo_id} is not fetched, because it holds {len(problems)} unsafe files: {', '.join(problems)}. "
             "Ask its owner for a commit with safetensors only."
         )
+    kept = {name: file for name, file in files.items() if is_safe(Path(name))}
+    if not kept:
+        raise ValueError(f"{repo_id} is not fetched, because it holds no {', '.join(SAFE_SUFFIXES)} file.")
+    return kept
+
+
+def _not_here(folder: Path, files: dict[str, RepoFile], what: str, repo_type: str) -> dict[str, RepoFile]:
+    """Those of a commit's files that a folder lacks. Appending to trajectories changes their manifest and, published, their card.
+
+    Raises:
+        ValueError: Listing all files of the folder in whose place the commit has others.
+    """
+    lacking = {name: file for name, file in files.items() if not (folder / name).exists()}
+    others = [name for name, file in files.items() if name not in lacking and not _arrived(folder / name, file)]
+    if others and (lacking or repo_type != "dataset" or set(others) - {"manifest.json", "README.md"}):
+        raise ValueError(
+            f"{folder} holds {len(others)} files that are not those of {what}, and nothing was fetched over them: "
+            f"{', '.join(others)}. Choose an empty folder, or remove them."
+        )
+    return lacking
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); save it as such.") from error
 
 
 def _arrived(path: Path, file: RepoFile) -> bool:
@@ -376,22 +348,3 @@ def _told_clearly(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise RuntimeError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
-
-
-def _adapters(sizes: Iterable[str]) -> list[str]:
-    """The configurations of an adapter and of further ones, which PEFT saves in folders inside."""
-    return [name for name in sizes if Path(name).name == "adapter_config.json"]
-
-
-def _kind(folder: Path, sizes: dict[str, int]) -> tuple[str, str, str]:
-    """The kind of a folder, and the file and the key in it that name its base model."""
-    if "adapter_config.json" in sizes:
-        return "adapter", "adapter_config.json", "base_model_name_or_path"
-    if "manifest.json" in sizes and read_json(folder / "manifest.json").get("format") == "lohp_peft.trajectories":
-        return "trajectories", "manifest.json", "base_model_name"
-    if "config.json" in sizes and str(read_json(folder / "config.json").get("model_type", "")).startswith("lohp"):
-        return "policy", "config.json", "base_model_name"
-    raise ValueError(
-        f"{folder} is neither an adapter (adapter_config.json), a policy (config.json with a model_type of lohp) "
-        "nor recorded trajectories (manifest.json)."
-    )

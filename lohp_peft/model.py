@@ -2,11 +2,9 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -15,29 +13,17 @@ from peft.utils.warning import PeftWarning
 from torch import nn
 
 from lohp_peft.adapters.export import DIGEST_KEY, GenerationRecord
-from lohp_peft.adapters.writing import (
-    backbone_of,
-    check_untrained,
-    check_writable,
-    classifier_columns,
-    classifier_features,
-    classifier_linear,
-    one_classifier,
-    only_active,
-    undone_on_error,
-    write_adapter,
-    write_classifier,
-    written_digest,
-    written_weights,
-)
+from lohp_peft.adapters.writing import written_digest, written_weights
 from lohp_peft.config import (
     LoHpConfig,
     RecordedLoraConfig,
     follow_policy,
     generation_record,
+    is_plain_lora,
     keep_record,
-    read_support_file,
+    stand_beside_generated,
 )
+from lohp_peft.generating import generate_into, generation_inputs
 
 if TYPE_CHECKING:
     from lohp_peft.generation import GenerationConfig, GenerationReport, LoHpPolicy, Support
@@ -47,7 +33,8 @@ class LoHpModel(LoraModel):
     """Creates a LoRA model whose weights a learned policy generates from a few labelled examples.
 
     Injection starts as the identity. `generate_adapter` runs the policy, forward-only, and writes ordinary `lora_A` and
-    `lora_B`; what is saved afterwards is a plain LoRA. Without a policy this is LoRA.
+    `lora_B`; what is saved afterwards, every adapter of the model, is a plain LoRA. (`to_plain_lora` makes the model one as
+    well, into which adapters that were saved so can be loaded or hot-swapped.) Without a policy this is LoRA.
 
     Args:
         model ([`torch.nn.Module`]): The model to be adapted.
@@ -93,6 +80,7 @@ class LoHpModel(LoraModel):
             keep_record(config, None)
         if not follows:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._save_in_one_type()
             return
         follow_policy(config, model)
         inputs = None
@@ -106,8 +94,9 @@ class LoHpModel(LoraModel):
                 )
             else:
                 # All of it before the model is changed, so that a mistake leaves it as it was.
-                inputs = _generation_inputs(config, model, adapter_name)
+                inputs = generation_inputs(config, model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._save_in_one_type()
         if inputs is not None:
             self.generate_adapter(adapter_name=adapter_name, **inputs)
 
@@ -118,6 +107,12 @@ class LoHpModel(LoraModel):
         for layer in self.model.modules():  # generated at injection in float32, but asked for in the base model's type
             if isinstance(layer, LoraLayer):
                 layer._move_adapter_to_device_of_base_layer(adapter_name)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, peft_model, peft_config, path, *args: Any) -> Any:
+        peft_config.init_lora_weights = True  # PEFT does so for what it knows as LoRA
+        peft_config.save_pretrained(path)
+        return super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, *args)
 
     def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
         as_lora = copy.copy(peft_config)
@@ -143,6 +138,7 @@ class LoHpModel(LoraModel):
             generated = {name: dict(record.provenance) for name, record in parts.items() if record is not None}
             provenance = {"combined": dict(zip(adapters, map(float, weights), strict=True)), **generated}
             keep_record(config, GenerationRecord(provenance, weights=written_weights(self.model, adapter_name)))
+        self._save_in_one_type()
 
     def generate_adapter(
         self,
@@ -182,14 +178,23 @@ class LoHpModel(LoraModel):
             config = GenerationConfig(
                 policy_steps=mine.policy_steps, num_candidates=mine.num_candidates, seed=mine.seed
             )
-        report, record = _generate(self, name, policy, support, tokenizer, config)
+        report, record = generate_into(self, name, policy, support, tokenizer, config)
         if getattr(self.model, "_hf_peft_config_loaded", False):
             # Transformers' own adapters are saved configuration first, where no weights, or others, can be asked.
             told = {**record.provenance, DIGEST_KEY: written_digest(self.model, name)}
             record = replace(record, provenance=told, weights=None)
         self.peft_config[name] = copy.copy(mine)  # the caller's object may serve other models
         keep_record(self.peft_config[name], record)
+        self._save_in_one_type()
         return report
+
+    def _save_in_one_type(self) -> None:
+        """Once one adapter was generated, which makes it a plain LoRA, all are saved as such."""
+        others = {n: c for n, c in self.peft_config.items() if isinstance(c, LoHpConfig) and not is_plain_lora(c)}
+        if any(generation_record(config) for config in self.peft_config.values()):
+            for name, config in others.items():
+                self.peft_config[name] = copy.copy(config)
+                stand_beside_generated(self.peft_config[name])
 
     def adapter_head(self, adapter_name: str | None = None) -> Any:
         """The closed-form head on pooled embeddings solved with `adapter_name` (the active one by default), or `None`.
@@ -248,7 +253,7 @@ def initialize_lohp_weights(
         return tuner.generate_adapter(support, tokenizer, adapter_name, config, policy)
     if adapter_name not in tuner.peft_config:
         raise ValueError(f"`adapter_name` must be one of {sorted(tuner.peft_config)}, got {adapter_name!r}.")
-    report, record = _generate(tuner, adapter_name, policy, support, tokenizer, config)
+    report, record = generate_into(tuner, adapter_name, policy, support, tokenizer, config)
     recorded = copy.copy(tuner.peft_config[adapter_name])
     recorded.__class__ = RecordedLoraConfig
     keep_record(recorded, record)
@@ -273,116 +278,5 @@ def to_plain_lora(peft_model: PeftModel) -> PeftModel:
     return peft_model
 
 
-def _generate(
-    tuner: BaseTuner,
-    adapter_name: str,
-    policy: "LoHpPolicy | str",
-    support: "Support",
-    tokenizer: Any,
-    config: "GenerationConfig | None",
-) -> "tuple[GenerationReport, GenerationRecord]":
-    """Generate, check everything first, then write the weights and the classifier, or neither."""
-    from lohp_peft.generation import encoder_for, generate_adapters, load_policy, read_support
-    from lohp_peft.tasks import solve_head
-
-    peft_config, model = tuner.peft_config[adapter_name], tuner.model
-    examples, name = read_support(support), policy if isinstance(policy, str) else None
-    policy = load_policy(policy)
-    tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
-    backbone, prefix = backbone_of(model, policy.layout)
-    names = [prefix + spec.name for spec in policy.layout.modules]
-    layers = check_writable(model, names, policy.config.r, adapter_name, peft_config)
-    linear, columns = None, []
-    if _is_classifier(peft_config):
-        columns = _columns(model, examples.label_names)
-        linear = classifier_linear(model, adapter_name, model.config.num_labels)
-    else:
-        if type(model).__name__.endswith("ForSequenceClassification"):
-            warnings.warn(
-                f"The classifier of {type(model).__name__} stays as it is, because adapter {adapter_name!r} has "
-                f"task_type={peft_config.task_type!r}; with 'SEQ_CLS' it is solved as well.",
-                PeftWarning,
-                stacklevel=4,
-            )
-        if _has_head(peft_config):
-            check_untrained(model, adapter_name)
-    with only_active(model, None):
-        encoder = encoder_for(policy, backbone, tokenizer, "no" if config is None else config.mixed_precision)
-        (made,) = generate_adapters(policy, backbone, tokenizer, [examples], config, encoder=encoder)
-    with undone_on_error(layers, adapter_name), torch.autocast(encoder.device.type, enabled=False):
-        write_adapter(layers, {prefix + key: pair for key, pair in made.lora.items()}, adapter_name, peft_config)
-        if linear is None:
-            record = made.record(policy_name=name, head=_has_head(peft_config))
-        else:
-            with only_active(model, adapter_name):
-                features = classifier_features(model, linear, _batches(tokenizer, examples, encoder))
-            kind = made.report.config["head"] or policy.config.head
-            labels = torch.tensor(columns, device=features.device)[examples.targets.to(features.device)]
-            head = solve_head(features, labels, model.config.num_labels, kind, ridge=policy.config.ridge)
-            write_classifier(linear, features, head.weight, head.bias)
-            label_names = [str(model.config.id2label.get(i, i)) for i in range(model.config.num_labels)]
-            for column, label in zip(columns, examples.label_names, strict=True):
-                label_names[column] = label
-            record = made.record(policy_name=name, head=False, label_names=label_names)
-    return made.report, replace(record, weights=written_weights(model, adapter_name, linear))
-
-
-def _tokenizer_of(model: nn.Module) -> Any:
-    """The tokenizer that lies beside the base model."""
-    from transformers import AutoTokenizer
-
-    from lohp_peft.tasks.requirements import give_padding
-
-    name = getattr(model, "name_or_path", "")
-    try:
-        return give_padding(AutoTokenizer.from_pretrained(name))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"No tokenizer was found with base model {name!r}; pass `tokenizer`. ({error})") from error
-
-
-def _columns(model: nn.Module, label_names: Sequence[str]) -> list[int]:
-    """The class index of each label in a sequence classification model, which must be able to read batches."""
-    if getattr(model.config, "pad_token_id", None) is None:
-        raise ValueError(
-            f"{type(model).__name__} has no padding token, by which it tells where a text ends; set "
-            "`model.config.pad_token_id = tokenizer.pad_token_id`."
-        )
-    return classifier_columns(model.config, label_names)
-
-
-def _batches(tokenizer: Any, examples: Any, encoder: Any) -> Iterator[Any]:
-    """The texts as the policy reads them, in order."""
-    from lohp_peft.tasks.reading import tokenize
-
-    for start in range(0, len(examples), encoder.batch_size):
-        rows = slice(start, start + encoder.batch_size)
-        pairs = None if examples.texts_b is None else examples.texts_b[rows]
-        yield tokenize(tokenizer, examples.texts[rows], pairs, encoder.max_length).to(encoder.device)
-
-
 def _has_meta(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
-
-
-def _generation_inputs(config: LoHpConfig, model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Policy, support set and tokenizer of a generation at injection, checked against the model."""
-    from lohp_peft.generation import encoder_for, load_policy, read_support
-
-    with only_active(model, None):  # a merged adapter is named before the base model is compared
-        policy, tokenizer = load_policy(config.policy_id or ""), _tokenizer_of(model)
-    support = read_support(read_support_file(config.support or ""))
-    encoder_for(policy, backbone_of(model, policy.layout)[0], tokenizer)
-    if _is_classifier(config):
-        _columns(model, support.label_names)
-        saved = {n: m for n, m in model.named_modules() if n.endswith(tuple(config.modules_to_save or ()))}
-        one_classifier(saved, adapter_name, model.config.num_labels)
-    return {"policy": policy, "support": support, "tokenizer": tokenizer}
-
-
-def _has_head(config: LoraConfig) -> bool:
-    """Whether a head is kept beside the adapter."""
-    return config.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-
-
-def _is_classifier(config: LoraConfig) -> bool:
-    return str(getattr(config.task_type, "value", config.task_type)) == "SEQ_CLS"

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lohp_peft"
 
 # What each part may import from this package; lower never imports higher.
-PEFT_METHOD = {"config", "model", "registration"}
+PEFT_METHOD = {"config", "generating", "model", "registration"}
 ALLOWED = {
     "objectives": set(),
     "files": set(),
@@ -26,7 +26,8 @@ ALLOWED = {
     "progress": set(),
     "adapters": set(),
     "cards": {"adapters"},
-    "hub": {"adapters", "cards"},
+    "folders": {"adapters", "cards"},
+    "hub": {"adapters", "cards", "folders"},
     "tasks": {"adapters"},
     "trajectories": {"adapters", "hub"},
     "policy": {"adapters", "trajectories", "tasks.features", "hub"},  # tensors that describe a task, but no data set
@@ -36,7 +37,7 @@ ALLOWED = {
     "generation": {"adapters", "tasks", "policy", "cards", "candidates", "hub"},
     "baselines": {"tasks", "policy"},
     "evaluation": {"tasks", "policy", "generation", "baselines"},
-    **{part: PEFT_METHOD | {"adapters", "tasks", "generation", "hub"} for part in PEFT_METHOD},
+    **{part: PEFT_METHOD | {"adapters", "tasks", "generation", "hub", "cards"} for part in PEFT_METHOD},
 }
 NEVER_IMPORTED = {"cli", "examples", "benchmarks", "tests"}
 

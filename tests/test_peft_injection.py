@@ -187,3 +187,41 @@ def test_biases_that_an_old_peft_would_not_save_are_told(base, monkeypatch):
 def test_a_configuration_holds_names_only():
     with pytest.raises(TypeError, match="must be strings: {'policy': 'object'}"):
         LoHpConfig(policy=object())
+
+
+def test_a_new_configuration_in_inference_mode_follows_its_policy(world, base):
+    """The wish for a frozen adapter; what is loaded with weights has its targets."""
+    model = get_peft_model(base, configuration(world, inference_mode=True))
+    config = model.peft_config["default"]
+    assert config.r == 2
+    assert generation_record(config) is not None
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_all_linear_and_patterns_are_compared_as_peft_reads_them(world, base):
+    pattern = r".*(query|value).*"
+    model = get_peft_model(base, configuration(world, support=None, target_modules=pattern))
+    model.add_adapter("second", configuration(world, support=None, target_modules=pattern))
+    with pytest.raises(ValueError, match=r"`target_modules` matches \['encoder.*dense'.*, the policy's are"):
+        get_peft_model(load_base(world), configuration(world, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("support", ["data/train.json", "train", "../rows.csv"])
+def test_a_support_set_that_is_nowhere_is_told_without_a_look_at_the_hub(world, base, support, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the Hub was asked"))
+    with pytest.raises(ValueError, match=f"`support` must be a file .* there is no '{support}'"):
+        get_peft_model(base, configuration(world, support=support))
+
+
+def test_a_data_set_that_cannot_be_loaded_is_named(world, base, monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(ValueError, match="'me/rows@abc' of `support` cannot be loaded: nobody there"):
+        get_peft_model(base, configuration(world, support="me/rows@abc"))
+
+
+def test_an_empty_name_of_a_policy_is_refused():
+    with pytest.raises(ValueError, match="`policy` is empty"):
+        LoHpConfig(policy="")

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import AutoPeftModel, AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -90,7 +91,7 @@ WITHOUT_THE_PACKAGE = """
 import sys
 sys.modules["lohp_peft"] = None
 import torch
-from peft import AutoPeftModelForFeatureExtraction, AutoPeftModelForSequenceClassification, PeftModel
+from peft import AutoPeftModel, AutoPeftModelForFeatureExtraction, AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -201,7 +202,7 @@ def test_adapters_by_name_have_their_own_folders(folders, tokenizer, tmp_path):
     types = {
         path.parent.name: json.loads(path.read_text())["peft_type"] for path in tmp_path.rglob("adapter_config.json")
     }
-    assert types == {tmp_path.name: "LORA", "other": "LOHP"}
+    assert types == {tmp_path.name: "LORA", "other": "LORA"}, "PEFT loads adapters of one type into a model"
     assert not (tmp_path / "other" / "head.safetensors").exists()
 
 
@@ -357,6 +358,30 @@ def test_a_uniform_lora_is_refused_where_it_would_compute_something_else(fields,
     with pytest.raises(ValueError, match=message):
         save_uniform_lora(model, tmp_path / "uniform")
     assert not list(tmp_path.iterdir())
+
+
+def test_modules_saved_whole_are_refused_but_a_classifier(folders, tokenizer, tmp_path):
+    embeddings = LoraConfig(
+        r=2, target_modules=["query"], modules_to_save=["word_embeddings"], init_lora_weights=False
+    )
+    model = get_peft_model(tiny.build_bert(), embeddings)
+    save_uniform_lora(model, tmp_path / "untrained")
+    model.get_input_embeddings().modules_to_save["default"].weight.data += 1
+    with pytest.raises(ValueError, match="word_embeddings is another than the base model's"):
+        save_uniform_lora(model, tmp_path / "trained")
+    assert not (tmp_path / "trained").exists()
+    classifier = generated(folders, "classifier", tokenizer)
+    with pytest.warns(UserWarning, match="holds no head: classifier"):
+        save_uniform_lora(classifier, tmp_path / "classifier")
+    assert not any("classifier" in name for name in load_file(tmp_path / "classifier" / "adapter_model.safetensors"))
+
+
+def test_a_uniform_lora_finds_its_base_model(folders, tmp_path):
+    base = AutoModel.from_pretrained(folders / "encoder")
+    config = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    save_uniform_lora(get_peft_model(base, config, revision="v1"), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v1"
+    assert type(AutoPeftModel.from_pretrained(tmp_path).get_base_model()) is type(base)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", True])
@@ -577,3 +602,94 @@ def test_an_adapter_without_a_record_leaves_none_of_before(folders, tokenizer, t
 def test_public_names_are_sorted_and_documented():
     assert lohp_peft.__all__ == sorted(lohp_peft.__all__)
     assert set(lohp_peft.__all__) <= set(dir(lohp_peft))
+
+
+# Folders of before
+
+
+@pytest.mark.parametrize("save", ["lohp", "uniform"])
+def test_a_head_of_somebody_else_stays(save, tmp_path):
+    (tmp_path / "head.safetensors").write_bytes(b"mine")
+    config = (LoHpConfig if save == "lohp" else LoraConfig)(target_modules=["query"], init_lora_weights=False)
+    model = get_peft_model(tiny.build_bert(), config)
+    model.save_pretrained(tmp_path) if save == "lohp" else save_uniform_lora(model, tmp_path)
+    assert (tmp_path / "head.safetensors").read_bytes() == b"mine"
+
+
+def test_a_save_that_fails_leaves_no_head_of_before(folders, tokenizer, tmp_path, monkeypatch):
+    generated(folders, "encoder", tokenizer).save_pretrained(tmp_path)
+    write = lohp_peft.adapters.export.write_atomically
+
+    def fail_at_head(path, data):
+        if path.name == "head.safetensors":
+            raise OSError("disk full")
+        write(path, data)
+
+    monkeypatch.setattr("lohp_peft.adapters.export.write_atomically", fail_at_head)
+    model = get_peft_model(tiny.build_bert(), LoHpConfig(policy=str(folders / "policy")))
+    model.generate_adapter(tiny.build_rows(3), tokenizer=tokenizer, config=RAW)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "head.safetensors").exists()
+
+
+def test_weights_never_lie_under_the_scaling_of_others(policy, tokenizer, tmp_path, monkeypatch):
+    config = LoraConfig(r=2, lora_alpha=64, target_modules=["query", "value"], init_lora_weights=False)
+    get_peft_model(tiny.build_bert(), config).save_pretrained(tmp_path)
+    made = generate_adapter(policy, tiny.build_bert(), tokenizer, ROWS, RAW)
+    monkeypatch.setattr(LoraConfig, "save_pretrained", lambda *_, **__: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        made.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
+def test_the_scaling_of_the_moment_is_not_generated_for(folders, tokenizer):
+    model = get_peft_model(tiny.build_bert(), LoHpConfig(policy=str(folders / "policy")))
+    with (
+        rescale_adapter_scale(model, 0.5),
+        pytest.raises(ValueError, match="query: its scaling is 0.5 .* 1 by its configuration; restore it first"),
+    ):
+        model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
+    model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
+
+
+def test_adapters_of_one_model_are_saved_in_one_type(folders, tokenizer, tmp_path):
+    config = LoHpConfig(policy=str(folders / "policy"))
+    model = get_peft_model(tiny.build_bert(), config)
+    model.add_adapter("before", config)
+    model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
+    model.add_adapter("after", config)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.build_bert(), tmp_path)
+    for name in ("before", "after"):
+        loaded.load_adapter(tmp_path / name, name)
+    assert loaded.peft_type == PeftType.LORA
+    assert not RECORD & {path.name for path in (tmp_path / "before").iterdir()}
+    get_peft_model(tiny.build_bert(), config).save_pretrained(tmp_path / "other")
+    assert json.loads((tmp_path / "other" / "adapter_config.json").read_text())["peft_type"] == "LOHP"
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_head_in_double_precision_is_kept(dora, tokenizer, tmp_path):
+    base = tiny.build_bert().double()
+    tiny.build_policy(base).save_pretrained(tmp_path / "policy")
+    model = get_peft_model(base, LoHpConfig(policy=str(tmp_path / "policy"), use_dora=dora))
+    model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
+    model.save_pretrained(tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= RECORD
+    assert "weights_changed" not in json.loads((tmp_path / "adapter" / "lohp_provenance.json").read_text())
+
+
+def test_a_start_from_the_base_weights_is_turned_into_one_of_zeros(tokenizer, tmp_path):
+    """As with LoRA: saved as the difference to its start, so that the base weights are those that everybody has."""
+    model = get_peft_model(tiny.build_bert(), LoHpConfig(r=2, target_modules=["query"], init_lora_weights="pissa"))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1
+    wanted = outputs(model, tokenizer)
+    model.save_pretrained(tmp_path / "turned", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    loaded = PeftModel.from_pretrained(tiny.build_bert(), tmp_path / "turned")
+    torch.testing.assert_close(outputs(loaded, tokenizer), wanted, atol=1e-4, rtol=1e-4)

@@ -18,8 +18,8 @@ from lohp_peft import (
 )
 from lohp_peft.adapters.writing import classifier_features, classifier_linear
 from lohp_peft.candidates import TOO_FEW_TO_COMPARE
+from lohp_peft.generating import _batches
 from lohp_peft.generation import as_trained, encoder_for, generate_adapter, generate_adapters
-from lohp_peft.model import _batches
 from lohp_peft.tasks import Examples, Task, solve_head
 from tiny_world import (
     WORDS,

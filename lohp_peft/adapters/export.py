@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import CONFIG_NAME
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save
 from torch import Tensor
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import Adapter
-from lohp_peft.files import read_json, read_tensors, sha256, write_atomically
+from lohp_peft.files import FLOAT_TYPES, read_json, read_tensors, sha256, write_atomically
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
@@ -73,18 +75,22 @@ class GenerationRecord:
                     return
                 provenance["weights_changed"], head = True, None
         text = json.dumps(provenance, indent=2, allow_nan=False)
+        remove_record(folder)  # a kill on the way leaves no head of other weights
         write_atomically(folder / PROVENANCE_FILE, (text + "\n").encode())
-        if head is None:
-            (folder / HEAD_FILE).unlink(missing_ok=True)
-        else:
+        if head is not None:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.items()}
             write_atomically(folder / HEAD_FILE, save(tensors, metadata={"format": "pt"}))
 
 
 def remove_record(folder: str | os.PathLike) -> None:
-    """Remove what a `GenerationRecord` wrote into `folder`, which belongs to an adapter of before."""
-    for name in (PROVENANCE_FILE, HEAD_FILE):
-        (Path(folder) / name).unlink(missing_ok=True)
+    """Remove what a `GenerationRecord` wrote into `folder`, which belongs to an adapter of before.
+
+    A `head.safetensors` without the provenance is somebody else's and stays.
+    """
+    provenance = Path(folder) / PROVENANCE_FILE
+    if provenance.exists():
+        (Path(folder) / HEAD_FILE).unlink(missing_ok=True)  # first, for it is known as ours by the other
+        provenance.unlink()
 
 
 def fingerprints(tensors: Iterable[Tensor], exact: bool = False) -> Fingerprints:
@@ -97,7 +103,7 @@ def fingerprints(tensors: Iterable[Tensor], exact: bool = False) -> Fingerprints
         tensors: The tensors.
         exact: Leave out, by type, tensors that it does not hold exactly.
     """
-    found: dict[torch.dtype, set[str]] = {torch.float32: set(), torch.bfloat16: set(), torch.float16: set()}
+    found: dict[torch.dtype, set[str]] = {dtype: set() for dtype in FLOAT_TYPES}
     for tensor in tensors:
         tensor = tensor.detach().cpu()
         for dtype, digests in found.items():
@@ -210,6 +216,7 @@ def save_plain_lora(
         raise ValueError("The adapter cannot be exported: " + "; ".join(problems) + ".")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).unlink(missing_ok=True)  # a kill on the way leaves no weights under another scaling
     data = save(plain_lora_tensors(adapter, config.r), metadata={"format": "pt"})
     write_atomically(folder / WEIGHTS_FILE, data)
     config.save_pretrained(str(folder))
@@ -220,53 +227,12 @@ def save_plain_lora(
     return folder
 
 
-def save_uniform_lora(
-    model: PeftModel, folder: str | os.PathLike, adapter_name: str = "default", *, allow_identity: bool = False
-) -> Path:
-    """Write an adapter of a model in the form that servers and hot swapping need.
-
-    One rank (smaller ones are padded), scaling 1 (folded into `lora_B`), no patterns and no `modules_to_save`.
-
-    Args:
-        model: Model with a LoRA or LOHP adapter on linear layers.
-        folder: Folder to write. Not one inside a trainer's checkpoint, which would read it as another adapter.
-        adapter_name: The adapter.
-        allow_identity: See `save_plain_lora`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        TypeError: When `model` is no `PeftModel`.
-        ValueError: Listing everything that this form cannot hold, or when the adapter changes nothing.
-    """
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"Only adapters of a PeftModel can be exported, got {type(model).__name__}.")
-    if adapter_name not in model.peft_config:
-        raise ValueError(f"`adapter_name` must be one of {sorted(model.peft_config)}, got {adapter_name!r}.")
-    current = model.peft_config[adapter_name]
-    adapter, problems = {}, unsupported_options(current)
-    if current.bias != "none":
-        problems.append(f"bias={current.bias!r} trains biases of the base model")
-    if current.trainable_token_indices:
-        problems.append("trainable_token_indices trains embeddings of the base model")
-    for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer) or adapter_name not in layer.scaling:
-            continue
-        problem = unsupported(layer, adapter_name)
-        if problem:
-            problems.append(f"{name}: {problem}")
-            continue
-        dtype = torch.promote_types(layer.lora_A[adapter_name].weight.dtype, torch.float32)
-        a, b = (side[adapter_name].weight.detach().to(dtype) for side in (layer.lora_A, layer.lora_B))
-        adapter[name] = (a, b * layer.scaling[adapter_name])
-    if problems:
-        raise ValueError(f"A uniform LoRA cannot hold adapter {adapter_name!r}: {'; '.join(problems)}.")
-    rank = max((a.shape[0] for a, _ in adapter.values()), default=1)
-    name = current.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None) or None
-    task_type = current.task_type if current.modules_to_save is None else None
-    config = plain_lora_config(name, adapter, rank, task_type, fan_in_fan_out=current.fan_in_fan_out)
-    return save_plain_lora(folder, adapter, config, allow_identity=allow_identity)
+def differs_from_base(module: ModulesToSaveWrapper, adapter_name: str) -> bool:
+    """Whether an adapter has a copy of a module of the base model (`modules_to_save`), and its weights are others."""
+    if adapter_name not in module.modules_to_save:
+        return False
+    copies, originals = module.modules_to_save[adapter_name].parameters(), module.original_module.parameters()
+    return any(not mine.equal(theirs.to(mine)) for mine, theirs in zip(copies, originals, strict=True))
 
 
 def unsupported_options(config: LoraConfig) -> list[str]:

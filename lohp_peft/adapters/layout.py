@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -61,7 +66,7 @@ class AdapterLayout:
 
         Args:
             model: A base model, or a `PeftModel` around it.
-            target_modules: Names as in `LoraConfig`.
+            target_modules: Names as in `LoraConfig`, a regular expression, or `"all-linear"`.
             layers_to_transform: Layers to adapt; all by default.
 
         Raises:
@@ -75,10 +80,15 @@ class AdapterLayout:
             target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
             if target_modules is None:
                 raise ValueError(f"PEFT has no default `target_modules` for model type {model_type!r}; name them.")
-        config = LoraConfig(target_modules=target_modules)
+        config = _maybe_include_all_linear_layers(LoraConfig(target_modules=target_modules), model)
         layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform or ())
         specs, refused = [], []
+        wrapped: tuple[str, ...] = ()
         for name, module in model.named_modules():
+            if name.startswith(wrapped):
+                continue
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                wrapped += (f"{name}.",)  # what lies inside belongs to adapters
             if not check_target_module_exists(config, name) or (layers and spec_of(name, 0, 0).layer not in layers):
                 continue
             shape = linear_shape(module)
@@ -208,9 +218,17 @@ def base_model_fingerprint(model: nn.Module) -> str:
 
     Args:
         model: A base model, with or without adapters.
+
+    Raises:
+        ValueError: When weights are not loaded.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_base_parameters(base_of(model)).items()):
+    digest, parameters = hashlib.sha256(), _base_parameters(base_of(model))
+    if meta := sorted(name for name, tensor in parameters.items() if tensor.is_meta):
+        raise ValueError(
+            f"A base model is told by its weights, but {len(meta)} of {type(base_of(model)).__name__} are not loaded (meta "
+            f"device, or offloaded), such as {meta[0]}; load them first."
+        )
+    for name, tensor in sorted(parameters.items()):
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

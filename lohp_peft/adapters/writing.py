@@ -1,5 +1,6 @@
 """Writing adapters into the LoRA layers of a model, and closed-form heads into its classifier."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,14 @@ from peft.utils.integrations import get_bnb_param_type
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lohp_peft.adapters.export import Fingerprints, fingerprints, lora_digest, unsupported, unsupported_options
+from lohp_peft.adapters.export import (
+    Fingerprints,
+    differs_from_base,
+    fingerprints,
+    lora_digest,
+    unsupported,
+    unsupported_options,
+)
 from lohp_peft.adapters.injection import evaluating
 from lohp_peft.adapters.layout import AdapterLayout, linear_shape
 from lohp_peft.adapters.space import Adapter
@@ -82,8 +90,13 @@ def check_writable(
             problem = "not a linear layer"
         if problem is None and layer.r[adapter_name] < r:
             problem = f"rank {layer.r[adapter_name]} is below the policy's {r}"
-        if problem is None and not layer.scaling[adapter_name]:
+        if problem is None and not layer.lora_alpha[adapter_name]:
             problem = "its scaling is 0"
+        if problem is None and not math.isclose(layer.scaling[adapter_name], own := _scaling(layer, adapter_name)):
+            problem = (
+                f"its scaling is {float(layer.scaling[adapter_name]):g} for a time (`set_scale`, `rescale_adapter_scale`), "
+                f"{own:g} by its configuration; restore it first"
+            )
         if problem:
             problems.append(f"{name}: {problem}")
     if problems:
@@ -215,14 +228,7 @@ def check_untrained(model: nn.Module, adapter_name: str) -> None:
         ValueError: Naming the modules that are not: a head that is solved without them would not fit the model with them.
     """
     changed = [
-        name
-        for name, module in _saved_modules(model, adapter_name).items()
-        if any(
-            not mine.equal(theirs.to(mine))
-            for mine, theirs in zip(
-                module.modules_to_save[adapter_name].parameters(), module.original_module.parameters(), strict=True
-            )
-        )
+        name for name, module in _saved_modules(model, adapter_name).items() if differs_from_base(module, adapter_name)
     ]
     changed += [
         name
@@ -339,6 +345,12 @@ def _set(linear: nn.Linear, value: Tensor) -> None:
         linear.weight = nn.Parameter(value, requires_grad=weight.requires_grad)
     else:
         weight.data = value
+
+
+def _scaling(layer: LoraLayer, adapter_name: str) -> float:
+    """What PEFT multiplies an adapter's update with, once it is saved and loaded."""
+    r = layer.r[adapter_name]
+    return layer.lora_alpha[adapter_name] / (math.sqrt(r) if layer.use_rslora.get(adapter_name) else r)
 
 
 def _is_quantised(module: nn.Module) -> bool:

@@ -205,7 +205,8 @@ class TrajectoryDataset:
             current = Manifest.read(self.folder)
             if current.dataset_id != self.manifest.dataset_id:
                 raise ValueError(f"{self.folder} was replaced by another dataset while this one was open.")
-            if key in current.shards and key not in self.damaged:
+            replaced = key in self.damaged and current.shards.get(key) == self.manifest.shards[key]
+            if key in current.shards and not replaced:  # another process may have mended it meanwhile
                 raise ValueError(f"{self.folder} already has a shard {key!r}; choose another key.")
             updated = replace(current, shards={**current.shards, key: entry})
             manifest = updated.to_json()

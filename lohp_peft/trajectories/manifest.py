@@ -91,7 +91,7 @@ class Manifest:
         path = folder / MANIFEST_NAME
         try:
             record = read_json(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{folder} holds no trajectories: there is no {MANIFEST_NAME}.") from None
         if record.get("format") != FORMAT:
             raise ValueError(f"{path} is not a manifest of trajectories: its 'format' must be {FORMAT!r}.")

@@ -93,3 +93,16 @@ def test_fingerprint_ignores_the_head():
     with_head = BertForSequenceClassification(base.config)
     with_head.bert.load_state_dict(base.state_dict())
     assert base_model_fingerprint(with_head) == base_model_fingerprint(base)
+
+
+def test_what_lies_inside_adapters_is_not_matched():
+    pattern = r".*(query|value).*"
+    alone = AdapterLayout.from_model(build_model("bert"), pattern)
+    adapted = get_peft_model(build_model("bert"), LoraConfig(target_modules=pattern, modules_to_save=["pooler"]))
+    assert AdapterLayout.from_model(adapted, pattern) == alone
+
+
+def test_all_linear_is_that_of_peft():
+    layout = AdapterLayout.from_model(build_model("bert"), "all-linear")
+    adapted = get_peft_model(build_model("bert"), LoraConfig(target_modules="all-linear"))
+    assert [spec.name for spec in layout.modules] == adapted.base_model.targeted_module_names

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import DatasetCard, ModelCard, constants
+from huggingface_hub import DatasetCard, HfApi, ModelCard, constants
 from peft import PeftModel, get_peft_model
 
 import tiny_world as tiny
@@ -392,3 +392,89 @@ def test_where_the_hub_cannot_be_reached_the_cache_answers(hub, made, monkeypatc
     assert pull_folder("me/my-task", revision=commit) == online
     with pytest.raises(RuntimeError, match="Publishing .* to me/my-task failed; it can be repeated"):
         made.push_to_hub("me/my-task")
+
+
+# What lies there already
+
+
+def test_recordings_appended_to_a_fetched_set_survive_the_next_fetch(hub, recordings):
+    name = f"me/runs@{recordings.push_to_hub('me/runs').commit}"
+    fetched = TrajectoryDataset.from_pretrained(name)
+    fetched.append("mine", list(fetched)[:1])
+    os.utime(fetched.folder / "manifest.json", (1, 1))  # the client's own notes tell changes by their time
+    again = TrajectoryDataset.from_pretrained(name)
+    assert again.keys() == ["mine", "mood", "topic"]
+    again.append("more", list(again)[:1])
+    assert TrajectoryDataset.from_pretrained(name).keys() == ["mine", "mood", "more", "topic"]
+    assert TrajectoryDataset.from_pretrained(name, local_dir=recordings.folder).folder == recordings.folder
+
+
+def test_what_a_killed_fetch_left_is_completed(hub, recordings, tmp_path):
+    name = f"me/runs@{recordings.push_to_hub('me/runs').commit}"
+    fetched = TrajectoryDataset.from_pretrained(name, local_dir=tmp_path / "here")
+    next((fetched.folder / "shards").glob("*.safetensors")).unlink()
+    (fetched.folder / "weight_space.safetensors").unlink()
+    again = TrajectoryDataset.from_pretrained(name, local_dir=tmp_path / "here")
+    assert contents(again.folder) == contents(recordings.folder)
+
+
+def test_a_fetch_writes_over_nothing(hub, recordings, made, tmp_path):
+    commit = recordings.push_to_hub("me/runs").commit
+    own = TrajectoryDataset.create(
+        tmp_path / "own", space=recordings.space, base_fingerprint="f" * 64, base_model_name=BASE
+    )
+    own.append("mood", recordings["mood"])
+    before = contents(own.folder)
+    with pytest.raises(ValueError, match="holds 2 files that are not those of me/runs .*manifest.json.*empty folder"):
+        TrajectoryDataset.from_pretrained(f"me/runs@{commit}", local_dir=own.folder, on_damage="skip")
+    assert contents(own.folder) == before
+    commit = made.push_to_hub("me/adapter").commit
+    made.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"mine")
+    (tmp_path / "adapter" / "head.safetensors").unlink()
+    before = contents(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="not those of me/adapter at .*adapter_model.safetensors"):
+        pull_folder("me/adapter", revision=commit, local_dir=tmp_path / "adapter")
+    assert contents(tmp_path / "adapter") == before
+
+
+def test_publishing_leaves_what_others_put_there(hub, made, tmp_path):
+    api = HfApi()
+    api.create_repo("me/zoo")
+    for name in ("tokenizer.json", "topic/adapter_model.safetensors"):
+        api.upload_file(path_or_fileobj=b"{}", path_in_repo=name, repo_id="me/zoo")
+    made.save_pretrained(tmp_path / "adapter", base_model_name=BASE)
+    push_folder(tmp_path / "adapter", "me/zoo")
+    assert set(hub.files("me/zoo")) == ADAPTER | {
+        ".gitattributes",
+        "tokenizer.json",
+        "topic/adapter_model.safetensors",
+    }
+    for name in ("head.safetensors", "lohp_provenance.json"):
+        (tmp_path / "adapter" / name).unlink()
+    push_folder(tmp_path / "adapter", "me/zoo")
+    assert "head.safetensors" not in hub.files("me/zoo"), "a head of before would be read with the new weights"
+    assert "lohp_provenance.json" not in hub.files("me/zoo")
+    assert "tokenizer.json" in hub.files("me/zoo")
+
+
+def test_a_repository_without_anything_to_read_is_told(hub):
+    HfApi().create_repo("me/empty")
+    commit = HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="notes.txt", repo_id="me/empty").oid
+    with pytest.raises(ValueError, match="me/empty is not fetched, because it holds no"):
+        pull_folder("me/empty", revision=commit)
+
+
+def test_a_card_that_is_no_utf8_is_named(hub, made, tmp_path):
+    made.save_pretrained(tmp_path, base_model_name=BASE)
+    (tmp_path / "README.md").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match="README.md is no text in UTF-8"):
+        push_folder(tmp_path, "me/adapter", dry_run=True)
+
+
+def test_weights_that_are_not_loaded_are_told(made, tmp_path):
+    made.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = tiny.build_bert()
+    with pytest.raises(ValueError, match="of BertModel are not loaded.*load them first"):
+        check_fingerprint(tmp_path, model)

@@ -208,3 +208,19 @@ def test_killed_at_each_point_of_an_append(dataset, make_trajectory, monkeypatch
     opened.append("new", [make_trajectory()])
     assert len(TrajectoryDataset.open(dataset.folder)["new"]) == 1
     assert not list(dataset.folder.rglob("*.tmp"))
+
+
+def test_two_processes_that_mend_one_shard_do_not_overwrite_each_other(dataset, make_trajectory):
+    _flip(_path(dataset, "spam"))
+    with pytest.warns(UserWarning, match="Skipped"):
+        one, two = (TrajectoryDataset.open(dataset.folder, on_damage="skip") for _ in range(2))
+    one.append("spam", [make_trajectory(7, "spam")])
+    with pytest.raises(ValueError, match="already has a shard 'spam'"):
+        two.append("spam", [make_trajectory(8, "spam")])
+    assert [run.seed for run in TrajectoryDataset.open(dataset.folder)["spam"]] == [7]
+
+
+def test_a_file_is_no_folder_of_trajectories(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match="holds no trajectories"):
+        TrajectoryDataset.open(tmp_path / "file")
