@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.warning import PeftWarning
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from lohp_peft.adapters.export import GenerationRecord
 from lohp_peft.adapters.writing import (
@@ -27,6 +28,9 @@ from lohp_peft.adapters.writing import (
     written_weights,
 )
 from lohp_peft.config import LoHpConfig, read_support_file
+
+FEW = 4
+"""Texts on which a classifier's features are compared with the policy's embeddings."""
 
 if TYPE_CHECKING:
     from lohp_peft.generation import GenerationConfig, GenerationReport, LoHpPolicy, Support
@@ -75,6 +79,16 @@ def generate_into(
         else:
             with only_active(model, adapter_name):
                 features = classifier_features(model, linear, _batches(tokenizer, examples, encoder))
+                few = examples.select(range(min(FEW, len(examples))))
+                pooled = encoder.embed(encoder.prepare(few.texts, few.texts_b))
+            if not _alike(features[:FEW], pooled):
+                warnings.warn(
+                    f"The classifier of {type(model).__name__} reads other features than the policy, which pools by "
+                    f"{encoder.pooling!r}, and is likely to be less accurate than the head of an adapter for "
+                    "FEATURE_EXTRACTION; compare them on examples, or train the classifier further.",
+                    PeftWarning,
+                    stacklevel=4,
+                )
             kind = made.report.config["head"] or policy.config.head
             labels = torch.tensor(columns, device=features.device)[examples.targets.to(features.device)]
             head = solve_head(features, labels, model.config.num_labels, kind, ridge=policy.config.ridge)
@@ -84,6 +98,11 @@ def generate_into(
                 label_names[column] = label
             record = made.record(policy_name=name, head=False, label_names=label_names)
     return made.report, replace(record, weights=written_weights(model, adapter_name, linear))
+
+
+def _alike(features: Tensor, pooled: Tensor) -> bool:
+    """Whether two sets of embeddings of the same texts, each of shape (n, d), are one up to rounding and length."""
+    return features.shape == pooled.shape and bool((cosine_similarity(features, pooled.to(features)) > 0.99).all())
 
 
 def _tokenizer_of(model: nn.Module) -> Any:

@@ -75,8 +75,9 @@ def push_folder(
     token: str | None = None,
     dry_run: bool = False,
 ) -> PushReport:
-    """Publish an adapter, a policy or recorded trajectories, with a card where there is none but PEFT's empty one.
+    """Publish an adapter, a policy or recorded trajectories, with a card.
 
+    It is written where there is none, PEFT's empty one, or the one of a generation, which knew neither repository nor licence.
     An adapter that was generated for a base model from a local folder names the policy's base model from here on.
     Of the branch, what a folder of before left of its kind and this one lacks is removed: shards of trajectories, an
     adapter's head and provenance. Everything else there stays.
@@ -95,8 +96,8 @@ def push_folder(
         What was, or would be, uploaded.
 
     Raises:
-        ValueError: See `check_folder`; also when `repo_id` is not spelled `owner/name`, or the Hub finds the card's
-            metadata invalid.
+        ValueError: See `check_folder`; also when `repo_id` is not spelled `owner/name`, a licence is given beside a card, or
+            the Hub finds the card's metadata invalid.
         RuntimeError: When the Hub refuses or cannot be reached. It can be repeated: what has arrived is not sent again.
     """
     if not is_hub_id(repo_id) or "/" not in repo_id:
@@ -104,9 +105,14 @@ def push_folder(
     kind, sizes = check_folder(folder)
     repo_type = "dataset" if kind == "trajectories" else "model"
     path, card = Path(folder) / "README.md", None
-    if not path.exists() or _EMPTY_CARD in _text_of(path):
+    written = _text_of(path) if path.exists() else _EMPTY_CARD
+    if _EMPTY_CARD in written or written == CARD_OF[kind](folder):
         card = CARD_OF[kind](folder, name=repo_id.split("/")[1], location=repo_id, license=license)
         sizes = dict(sorted({**sizes, path.name: len(card.encode())}.items()))
+    if card is None and license is not None:
+        raise ValueError(
+            f"`license` is for a card that is written, and {path} has one; write it there: `license: {license}`."
+        )
     if dry_run:
         return PushReport(repo_id, repo_type, kind, sizes)
     if card is not None:

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ from lohp_peft.adapters import injected
 from lohp_peft.adapters.writing import classifier_columns
 from lohp_peft.config import generation_record
 from lohp_peft.registration import ensure_peft_type
-from lohp_peft.tasks import solve_head
+from lohp_peft.tasks import Examples, solve_head
 
 RAW = GenerationConfig(choose=False)
 ROWS = tiny.build_rows()
@@ -543,7 +544,7 @@ def test_a_generation_that_fails_halfway_leaves_the_adapter_as_it_was(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     record = generation_record(model.peft_config["default"])
     with monkeypatch.context() as patch:
-        patch.setattr(f"lohp_peft.{'tasks' if what == 'solve_head' else 'model'}.{what}", fail)
+        patch.setattr(f"lohp_peft.{'tasks' if what == 'solve_head' else 'generating'}.{what}", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
     for name, tensor in model.state_dict().items():
@@ -622,7 +623,7 @@ def test_nothing_is_generated_on_meta_tensors(policy_folder, tokenizer, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("not json\n[", "line 1.*line 2"), (None, "does not exist")], ids=["damaged", "missing"]
+    ("content", "message"), [("not json\n[", "line 1.*line 2"), (None, "there is no")], ids=["damaged", "missing"]
 )
 def test_support_files_that_cannot_be_read(content, message, policy_folder, tokenizer, tmp_path):
     path = tmp_path / "task.jsonl"
@@ -667,3 +668,22 @@ def test_the_tuner_shadows_nothing_of_the_base_model():
     """PeftModelForCausalLM reaches `generate` and `config` through the tuner."""
     own = {name for cls in (LoHpModel,) for name in vars(cls) if not name.startswith("_")}
     assert not {name for name in own - set(dir(LoraModel)) if hasattr(tiny.build_llama(), name)}
+
+
+def test_a_classifier_that_reads_something_else_than_the_policy_is_told(policy_folder, tokenizer):
+    config = LoHpConfig(policy=policy_folder, task_type="SEQ_CLS")
+    with pytest.warns(PeftWarning, match="BertForSequenceClassification reads other features .* pools by 'mean'"):
+        get_peft_model(tiny.build_bert_classifier(), config).generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
+    base = tiny.build_llama_classifier()
+    last = tiny.build_policy(base, pooling="last")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS"))
+        initialize_lohp_weights(model, last, ROWS, tokenizer=tokenizer, config=RAW)
+
+
+def test_classes_without_examples_are_named(policy, tokenizer):
+    examples = Examples.from_rows(ROWS)
+    more = Examples(examples.texts, examples.labels, (*examples.label_names, "other"))
+    with pytest.warns(UserWarning, match="There are no examples of other, which will not be predicted"):
+        generate_adapter(policy, tiny.build_bert(), tokenizer, more, RAW)

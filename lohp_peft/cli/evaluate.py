@@ -10,7 +10,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lohp_peft.cli.resources import check_target, load_base_model, load_policy, load_tasks, on_accelerator, write_json
+from lohp_peft.cli.resources import (
+    check_target,
+    fewer_than,
+    load_base_model,
+    load_policy,
+    load_tasks,
+    on_accelerator,
+    write_json,
+)
 
 
 def evaluate(
@@ -29,6 +37,11 @@ def evaluate(
 
     check_target(json)
     tasks = load_tasks(task)
+    for each in tasks:
+        if "train" in each.splits and (fewer := fewer_than(shots, each.draw_support(shots, seed))):
+            typer.echo(
+                f"Asked for {shots} examples a class, but in {each.name!r} {fewer}: draws share them.", err=True
+            )
     model, tokenizer = load_base_model(base_model)
     model = on_accelerator(model)
     done: dict[str, Any] = {}
@@ -48,16 +61,29 @@ def evaluate(
 
 
 def show(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Print one table: a row a task, a column a method; accuracy in percent, seconds to the adapter last."""
+    """Print a row a method and a column a task, accuracy in percent, then means and seconds; as many tables as the width asks for."""
     methods = list(dict.fromkeys(method for scores in tasks.values() for method in scores))
-    table = Table("accuracy, %", *(method.replace("_", " ") for method in methods))
-    for name, scores in tasks.items():
-        table.add_row(name, *(_text(scores.get(method, {}).get("accuracy"), 100, 1) for method in methods))
-    table.add_section()
+    columns = {
+        name: [_text(scores.get(method, {}).get("accuracy"), 100, 1) for method in methods]
+        for name, scores in tasks.items()
+    }
     if len(tasks) > 1:
-        table.add_row("mean", *(_text(_known(tasks, method, "accuracy", fmean), 100, 1) for method in methods))
-    table.add_row("seconds, median", *(_text(_known(tasks, method, "seconds", median), 1, 2) for method in methods))
-    Console().print(table)
+        columns["mean"] = [_text(_known(tasks, method, "accuracy", fmean), 100, 1) for method in methods]
+    columns["seconds"] = [_text(_known(tasks, method, "seconds", median), 1, 2) for method in methods]
+    console, rest = Console(), list(columns)
+    first = max(map(len, (*methods, "accuracy, %"))) + 4
+    while rest:
+        shown: list[str] = []
+        width = first
+        while rest and (not shown or width + len(rest[0]) + 3 <= console.width):
+            width += len(rest[0]) + 3
+            shown.append(rest.pop(0))
+        table = Table("accuracy, %")
+        for name in shown:
+            table.add_column(name, justify="right")
+        for i, method in enumerate(methods):
+            table.add_row(method.replace("_", " "), *(columns[name][i] for name in shown))
+        console.print(table)
 
 
 def _known(tasks: Mapping[str, Any], method: str, entry: str, summary: Callable) -> float | None:

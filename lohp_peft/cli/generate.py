@@ -8,6 +8,7 @@ import typer
 from lohp_peft.cli.overrides import read_config
 from lohp_peft.cli.resources import (
     check_new_folder,
+    fewer_than,
     load_base_model,
     load_policy,
     load_tasks,
@@ -48,12 +49,15 @@ def generate(
     support = loaded.draw_support(shots, config.seed)
     model, tokenizer = load_base_model(base_model)
     generated = generate_adapter(load_policy(policy), on_accelerator(model), tokenizer, support, config)
-    generated.save_pretrained(output)
+    folder = str(Path(base_model).resolve()) if Path(base_model).is_dir() else None
+    generated.save_pretrained(output, base_model_name=folder)
     if json:
         write_json(generated.report.to_dict())
     else:
         report = generated.report
         typer.echo(f"Wrote a LoRA from {len(support)} examples of {support.n_classes} classes to {output}.")
+        if fewer := fewer_than(shots, support):
+            typer.echo(f"Asked for {shots} examples a class; {fewer}.")
         typer.echo(f"Chosen: {report.chosen}. {report.reason}")
         if said := ABSTAINED.get(report.chosen):
             typer.echo(said)

@@ -1,12 +1,14 @@
 """The command group: which verbs exist and how their errors are shown."""
 
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from lohp_peft.cli import environment, evaluate, generate, import_checkpoints, prepare, push, train
+from lohp_peft.cli.overrides import show_fields
 
 USER_ERRORS = (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """Raised for what the user can put right: one line and exit code 2, unless `--debug` is given."""
@@ -62,11 +64,22 @@ def options(
     """Options of all verbs."""
 
 
-_OVERRIDABLE = {"allow_extra_args": True, "ignore_unknown_options": True}
-app.command("prepare", context_settings=_OVERRIDABLE)(prepare.prepare)
-app.command("import-checkpoints", context_settings=_OVERRIDABLE)(import_checkpoints.import_checkpoints)
-app.command("train", context_settings=_OVERRIDABLE)(train.train)
-app.command("generate", context_settings=_OVERRIDABLE)(generate.generate)
+def _configured(module: str, name: str) -> dict[str, Any]:
+    """A verb that takes the fields of a configuration as options, and lists them in its help."""
+
+    class Command(TyperCommand):
+        def format_help(self, ctx, formatter):
+            super().format_help(ctx, formatter)
+            show_fields(getattr(import_module(module), name))  # not imported for anything else
+
+    return {"cls": Command, "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
+
+
+_PREPARATION = _configured("lohp_peft.weight_preparation", "WeightPreparationConfig")
+app.command("prepare", **_PREPARATION)(prepare.prepare)
+app.command("import-checkpoints", **_PREPARATION)(import_checkpoints.import_checkpoints)
+app.command("train", **_configured("lohp_peft.policy_learning", "PolicyLearningConfig"))(train.train)
+app.command("generate", **_configured("lohp_peft.generation", "GenerationConfig"))(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("push")(push.push)
 app.command("env")(environment.environment)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from rich.console import Console
+from rich.table import Table
 
 Config = TypeVar("Config")
 
@@ -163,6 +165,17 @@ def _construct(cls: type, values: Mapping[str, Any], prefix: str, problems: list
     except (TypeError, ValueError) as error:
         problems.append(str(error).rstrip("."))
         return None
+
+
+def show_fields(cls: type) -> None:
+    """Print the fields of a configuration as options, with their defaults."""
+    table = Table("option", "meaning", "default", title=f"Fields of {cls.__name__}", title_justify="left")
+    for field in fields(cls):
+        if field.init:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            shown = "" if default is None or default is MISSING else str(default)
+            table.add_row(f"--{field.name.replace('_', '-')}", str(field.metadata.get("help", "")), shown)
+    Console().print(table)
 
 
 def _suggestion(key: str, known: list[str]) -> str:

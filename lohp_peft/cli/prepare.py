@@ -55,6 +55,9 @@ def prepare(
     first_space = "lora_b" if from_gradients and not dry_run else space
     weight_space = load_space(model, first_space, r, target_modules, layers)
     if dry_run:
+        TextEncoder(
+            model, tokenizer, weight_space, pooling=pooling, max_length=max_length
+        )  # refuses what cannot be read
         plan = plan_preparation(tasks, weight_space, settings, output)
         if json:
             write_json({"config": settings.to_dict(), "plan": plan.to_dict()})

@@ -142,6 +142,13 @@ def load_tasks(files: Sequence[Path]) -> list[Any]:
     return tasks
 
 
+def fewer_than(shots: int, support: Any) -> str:
+    """Which classes have fewer examples than were asked for, or nothing."""
+    counts = [support.labels.count(i) for i in range(support.n_classes)]
+    named = [f"{name!r} has {n}" for name, n in zip(support.label_names, counts, strict=True) if n < shots]
+    return ", ".join(named[:5]) + (f" and {len(named) - 5} more have fewer" if len(named) > 5 else "")
+
+
 def _details(file: Path) -> dict[str, str]:
     """Family and licence of a task file, from `tasks.json` beside it."""
     beside = file.parent / "tasks.json"
@@ -172,7 +179,8 @@ def check_new_folder(target: Path) -> None:
         ValueError: When it has content or cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"`--output` must be an empty or a new folder, got {target}, which has content.")
+        what = "has content" if target.is_dir() else "is a file"
+        raise ValueError(f"`--output` must be an empty or a new folder, got {target}, which {what}.")
     if not _can_be_written(target):
         raise ValueError(f"`--output` must be a folder that can be written, got {target}.")
 

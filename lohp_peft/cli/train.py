@@ -38,19 +38,20 @@ def train(
 
     Every field of PolicyLearningConfig may be set as `--field value`.
     """
+    from lohp_peft.adapters import base_model_fingerprint
     from lohp_peft.policy_learning import PolicyLearningConfig, plan_training, train_policy
     from lohp_peft.tasks import TextEncoder
     from lohp_peft.trajectories import TrajectoryDataset
-    from lohp_peft.trajectories.manifest import READING_KEY
 
     settings = read_config(PolicyLearningConfig, config, ctx.args, sets or ())
     tasks = load_tasks([*task, *(validation_task or ())])
     tasks, validation_tasks = tasks[: len(task)], tasks[len(task) :]
     dataset = TrajectoryDataset.from_pretrained(trajectories)
+    model, tokenizer = load_base_model(base_model)
     if dry_run:
-        recorded = dataset.manifest.metadata.get(READING_KEY) or {}
-        reading = {**recorded, "pooling": pooling, "max_length": max_length}
-        dataset.check_matches(space=dataset.space, base_fingerprint=dataset.manifest.base_fingerprint, reading=reading)
+        encoder = TextEncoder(model, tokenizer, dataset.space, pooling=pooling, max_length=max_length)
+        fingerprint = base_model_fingerprint(encoder.base_model)
+        dataset.check_matches(space=dataset.space, base_fingerprint=fingerprint, reading=encoder.reading)
         plan = asdict(plan_training(tasks, dataset, settings, validation_tasks))
         if json:
             write_json({"config": asdict(settings), "plan": plan})
@@ -60,7 +61,6 @@ def train(
                 table.add_row(name.replace("_", " "), str(value))
             Console().print(table)
         return
-    model, tokenizer = load_base_model(base_model)
     encoder = TextEncoder(on_accelerator(model), tokenizer, dataset.space, pooling=pooling, max_length=max_length)
     policy = train_policy(
         tasks,

@@ -244,6 +244,8 @@ class LoHpPolicy(PreTrainedModel):
             digests = {path.name: sha256(path.read_bytes()) for path in new.iterdir() if path.name != CONFIG_FILE}
             config = json.dumps({**read_json(new / CONFIG_FILE), DIGESTS: digests}, indent=2, sort_keys=True)
             (new / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+            for path in new.iterdir():  # safetensors are written for their owner alone
+                path.chmod((new / CONFIG_FILE).stat().st_mode)
             os.replace(new / CONFIG_FILE, folder / CONFIG_FILE)
             if REFERENCE_FILE not in digests:
                 (folder / REFERENCE_FILE).unlink(missing_ok=True)

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.trajectories import Trajectory
+from lohp_peft.trajectories.trajectory import SCORED_SHARE
 
 logger = logging.getLogger(__name__)
 
 MAX_RELATIVE_LOSS = 2.0
 """Relative losses are clipped here, so that one failed run cannot dominate (Ours: notes on clipping at 2 L_0)."""
+LOW_SHARE = 0.9
+"""Below it a run whose losses are not those of its states is named (Ours: where `TrajectoryRecorder` warns)."""
 HOW_TO_SCORE = (
     "A run of `TrajectoryRecorder` is scored by evaluations: at the start (`eval_on_start=True`), during training and at "
     "the end."
@@ -67,6 +70,15 @@ class Recordings:
         if left_out:
             logger.warning(
                 "Left out %d of %d recorded runs: %s. %s", left_out.total(), len(reasons), why, HOW_TO_SCORE
+            )
+        shares = {t: float(t.metrics[SCORED_SHARE][-1]) for t in kept if SCORED_SHARE in t.metrics}
+        if poor := [f"{t.task!r} by {t.optimizer} {x:.0%}" for t, x in shares.items() if x < LOW_SHARE]:
+            logger.warning(
+                "The losses of %d of %d runs were measured on updates of which their states hold little: %s. Record all runs "
+                "with one `space`, or fit one to their checkpoints with `lohp-peft import-checkpoints`.",
+                len(poor),
+                len(kept),
+                ", ".join(poor),
             )
         states, losses = [], []
         for trajectory in kept:

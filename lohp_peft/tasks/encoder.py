@@ -122,6 +122,8 @@ class TextEncoder:
     ) -> None:
         if pooling not in POOLINGS:
             raise ValueError(f"`pooling` must be one of {list(POOLINGS)}, got {pooling!r}.")
+        if max_length < 1 or batch_size < 1:
+            raise ValueError(f"`max_length` and `batch_size` must be at least 1, got {max_length} and {batch_size}.")
         self.base_model, self.tokenizer, self.space = base_of(base_model), tokenizer, space
         check_base_model(self.base_model, tokenizer)
         space.layout.check_fits(base_model)

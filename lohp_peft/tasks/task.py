@@ -305,7 +305,7 @@ Support = Examples | Iterable[Mapping[str, Any]]
 
 
 def read_support(support: Support) -> Examples:
-    """Check a support set, in which examples of the same texts and label count once.
+    """Check a support set, in which examples of the same texts and label count once; a warning names classes without any.
 
     Args:
         support: `Examples`, a `datasets.Dataset`, or rows `{text[, text_b], label}`.
@@ -324,6 +324,8 @@ def read_support(support: Support) -> Examples:
             f"A support set needs examples of at least two classes, got {len(examples)} examples of {len(present)} "
             f"({', '.join(names) or 'none'})."
         )
+    if empty := [name for i, name in enumerate(examples.label_names) if i not in present]:
+        warnings.warn(f"There are no examples of {', '.join(empty)}, which will not be predicted.", stacklevel=3)
     distinct = examples.distinct()  # one that is left out, or lies in the other half, must not be there a second time
     if repeated := len(examples) - len(distinct):
         warnings.warn(f"{repeated} of {len(examples)} examples repeat others and count once.", stacklevel=3)

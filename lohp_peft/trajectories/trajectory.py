@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 KNOT_POWER = 1.5
+SCORED_SHARE = "scored_share"
+"""Metric of a run that was scored before it was encoded: the share of the scored update's squared norm that a state holds."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from lohp_peft.adapters.sketch import unit_updates
 from lohp_peft.adapters.space import Adapter, CoreSpace, WeightSpace
 from lohp_peft.trajectories import Trajectory, TrajectoryDataset
 from lohp_peft.trajectories.manifest import MANIFEST_NAME, Manifest
+from lohp_peft.trajectories.trajectory import SCORED_SHARE
 from lohp_peft.weight_preparation.snapshots import LiveAdapter, SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -202,6 +203,8 @@ class TrajectoryRecorder(TrainerCallback):
         encoded = [dataset.space.encode(adapter) for adapter in adapters.values()]
         steps = list(adapters)
         series = _logged_series(state, steps)
+        shares = [_share(item.energy_kept, adapter) for item, adapter in zip(encoded, adapters.values(), strict=True)]
+        series[SCORED_SHARE] = torch.tensor(shares)
         trajectory = Trajectory(
             states=torch.stack([item.state.float().cpu() for item in encoded]),
             optimizer_steps=torch.tensor(steps),
@@ -360,11 +363,15 @@ def _report(
     adapter: Mapping[str, tuple[Tensor, Tensor]],
     states: int,
 ) -> RecordingReport:
+    by_module = {name: float(kept[name]) for name in adapter}
+    return RecordingReport(key, str(dataset.folder), states, _share(kept, adapter), by_module)
+
+
+def _share(kept: Mapping[str, float], adapter: Adapter) -> float:
+    """Share of an update's squared norm that a state holds, from that of each module."""
     energy = {name: float(((B.T @ B) * (A @ A.T)).sum()) for name, (A, B) in adapter.items()}
     total = sum(energy.values())
-    share = sum(energy[name] * float(kept[name]) for name in energy if energy[name] > 0) / total if total > 0 else 1.0
-    by_module = {name: float(kept[name]) for name in energy}
-    return RecordingReport(key, str(dataset.folder), states, share, by_module)
+    return sum(energy[name] * float(kept[name]) for name in energy if energy[name] > 0) / total if total > 0 else 1.0
 
 
 def _check_modules(space: WeightSpace, adapter: LiveAdapter) -> None:

@@ -58,6 +58,26 @@ def test_help(verb):
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [("prepare", "--optimizer-steps"), ("train", "--cloning-steps"), ("generate", "--gradient-steps")],
+)
+def test_help_lists_the_fields_that_are_options(verb, option):
+    assert option in run(verb, "--help").output
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_the_table_of_scores_fits_the_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    methods = ("none", "shuffled_labels", "generated")
+    tasks = {f"a_task_of_number_{i}": {m: {"accuracy": i / 10, "seconds": 1.0} for m in methods} for i in range(4)}
+    evaluate_verb.show(tasks)
+    shown = capsys.readouterr().out
+    assert all(len(line) <= width for line in shown.splitlines())
+    assert all(name in shown for name in (*tasks, "shuffled labels", "mean", "seconds"))
+    assert "15.0" in shown, "the mean"
+
+
 def test_help_loads_nothing_heavy():
     code = (
         "import sys, lohp_peft\nbefore = set(sys.modules)\nfrom lohp_peft.cli.main import main\n"
@@ -243,6 +263,10 @@ def test_prepare_then_train(base_folder, task_file, tmp_path, monkeypatch):
     assert plan["plan"]["trajectories"] == 1
     assert plan["config"]["cloning_steps"] == 2
     assert plan["config"]["training_steps"] == 1
+    other = [*line, "--dry-run"]
+    other[other.index(str(base_folder))] = "minilm"
+    assert "does not fit BertModel" in run(*other).stderr
+    assert "`max_length` and `batch_size` must be at least 1" in run(*line, "--dry-run", "--max-length", "0").stderr
     otherwise = run(*line, "--dry-run", "--max-length", "32", "--pooling", "last")
     assert otherwise.exit_code == 2
     assert re.search(

@@ -478,3 +478,17 @@ def test_weights_that_are_not_loaded_are_told(made, tmp_path):
         model = tiny.build_bert()
     with pytest.raises(ValueError, match="of BertModel are not loaded.*load them first"):
         check_fingerprint(tmp_path, model)
+
+
+def test_the_card_of_a_generation_learns_its_place_and_licence(hub, made, tmp_path):
+    made.save_pretrained(tmp_path, base_model_name=BASE)
+    push_folder(tmp_path, "me/mood", license="mit")
+    card = ModelCard(hub.files("me/mood")["README.md"].decode())
+    assert card.data.license == "mit"
+    assert 'snapshot_download("me/mood")' in card.text
+    own = "---\ntags: [mine]\n---\n# Mine\n"
+    (tmp_path / "README.md").write_text(own)
+    push_folder(tmp_path, "me/mood")
+    assert hub.files("me/mood")["README.md"].decode() == own
+    with pytest.raises(ValueError, match="`license` is for a card that is written, and .*README.md has one"):
+        push_folder(tmp_path, "me/mood", license="mit")

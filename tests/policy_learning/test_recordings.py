@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lohp_peft.policy_learning.recordings import MAX_RELATIVE_LOSS, Recordings
+from lohp_peft.trajectories.trajectory import SCORED_SHARE
 from policy_learning.conftest import build_trajectory
 
 
@@ -45,6 +48,15 @@ def test_runs_that_start_from_an_adapter_are_left_out(encoder, caplog):
     warm = build_trajectory(encoder.space, task="ham", states=run.states + run.states[-1:])
     assert Recordings.from_trajectories([run, warm], 3).tasks == ("spam",)
     assert "1 of 'ham' (it does not start without an adapter, as a policy does)" in caplog.text
+
+
+def test_runs_whose_losses_are_not_those_of_their_states_are_named(encoder, caplog):
+    run = build_trajectory(encoder.space)
+    Recordings.from_trajectories([replace(run, metrics={SCORED_SHARE: torch.full((len(run.losses),), 0.95)})], 3)
+    assert not caplog.text
+    poor = replace(run, task="ham", metrics={SCORED_SHARE: torch.tensor([1.0] + [0.09] * (len(run.losses) - 1))})
+    assert len(Recordings.from_trajectories([run, poor], 3)) == 2
+    assert "1 of 2 runs were measured on updates of which their states hold little: 'ham' by adamw 9%" in caplog.text
 
 
 def test_runs_of_tasks_without_episodes_are_left_out(recordings, caplog):

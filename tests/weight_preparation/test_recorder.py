@@ -70,6 +70,8 @@ def test_a_poor_space_is_reported(tmp_path, caplog):
     train(tmp_path / "run", recorder)
     assert recorder.report.energy_kept < 0.5
     assert "holds only" in caplog.text
+    shares = recorded(tmp_path / "rec").metrics["scored_share"]  # by which policy learning knows it too
+    assert float(shares[-1]) == pytest.approx(recorder.report.energy_kept)
 
 
 def test_losses_are_of_evaluated_states_and_metrics_of_logged_steps(tmp_path):
@@ -88,7 +90,7 @@ def test_losses_are_of_evaluated_states_and_metrics_of_logged_steps(tmp_path):
     torch.testing.assert_close(run.losses, torch.tensor(expected), equal_nan=True)
     assert run.losses.isfinite().tolist() == [True, True, False, True, True]
     assert run.metrics["loss"].isfinite().tolist() == [False, True, True, True, True]
-    assert {"loss", "grad_norm", "learning_rate"} == set(run.metrics)
+    assert {"loss", "grad_norm", "learning_rate", "scored_share"} == set(run.metrics)
 
 
 def test_a_run_that_stage_2_would_leave_out_is_said(tmp_path, caplog):
