@@ -486,7 +486,7 @@ def test_the_card_of_a_generation_learns_its_place_and_licence(hub, made, tmp_pa
     card = ModelCard(hub.files("me/mood")["README.md"].decode())
     assert card.data.license == "mit"
     assert 'snapshot_download("me/mood")' in card.text
-    own = "---\ntags: [mine]\n---\n# Mine\n"
+    own = "---\ntags: [mine]\nbase_model: someone/tiny\n---\n# Mine\n"
     (tmp_path / "README.md").write_text(own)
     push_folder(tmp_path, "me/mood")
     assert hub.files("me/mood")["README.md"].decode() == own
