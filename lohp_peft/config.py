@@ -228,7 +228,7 @@ def read_support_file(source: str) -> list[dict[str, Any]]:
         name, _, revision = source.partition("@")
         if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt", ".gz") or "/" not in name or not is_hub_id(name):
             raise ValueError(
-                f"`support` must be a file of JSON lines or a data set owner/name, and there is no {source!r}."
+                f"`support` must be a file of JSON lines or a data set owner/name, and {source!r} does not exist."
             )
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError

@@ -85,11 +85,16 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, removing: Path | None = None) -> None:
     """Write `data` beside `path`, flush it to the disk and move it into place.
 
     A killed process leaves the old file, or none, and a temporary file ending in `.tmp`; a write that fails, as on a full
     disk, leaves none.
+
+    Args:
+        path: The file.
+        data: Its content.
+        removing: A file that must not lie beside the new one, removed just before that takes its place.
 
     Raises:
         OSError: When the file cannot be written; the old one is still there.
@@ -100,6 +105,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
+        if removing is not None:
+            removing.unlink(missing_ok=True)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

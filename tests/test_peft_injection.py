@@ -209,7 +209,7 @@ def test_all_linear_and_patterns_are_compared_as_peft_reads_them(world, base):
 @pytest.mark.parametrize("support", ["data/train.json", "train", "../rows.csv"])
 def test_a_support_set_that_is_nowhere_is_told_without_a_look_at_the_hub(world, base, support, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the Hub was asked"))
-    with pytest.raises(ValueError, match=f"`support` must be a file .* there is no '{support}'"):
+    with pytest.raises(ValueError, match=f"`support` must be a file .* '{support}' does not exist"):
         get_peft_model(base, configuration(world, support=support))
 
 

@@ -623,7 +623,7 @@ def test_nothing_is_generated_on_meta_tensors(policy_folder, tokenizer, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("not json\n[", "line 1.*line 2"), (None, "there is no")], ids=["damaged", "missing"]
+    ("content", "message"), [("not json\n[", "line 1.*line 2"), (None, "does not exist")], ids=["damaged", "missing"]
 )
 def test_support_files_that_cannot_be_read(content, message, policy_folder, tokenizer, tmp_path):
     path = tmp_path / "task.jsonl"

@@ -216,9 +216,9 @@ def save_plain_lora(
         raise ValueError("The adapter cannot be exported: " + "; ".join(problems) + ".")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).unlink(missing_ok=True)  # a kill on the way leaves no weights under another scaling
     data = save(plain_lora_tensors(adapter, config.r), metadata={"format": "pt"})
-    write_atomically(folder / WEIGHTS_FILE, data)
+    # A kill on the way leaves no weights under another scaling.
+    write_atomically(folder / WEIGHTS_FILE, data, removing=folder / CONFIG_NAME)
     config.save_pretrained(str(folder))
     if record is None:
         remove_record(folder)
