@@ -30,7 +30,7 @@ SUITES = {
         *("contrast.py", "{work}/contrast", *FITS, "--draws", "5", "--max-test", "240"),
         *("--steps", "60", "--validate-every", "30", "--validation-draws", "2"),
     ),
-    "transfer": ("transfer.py", "{work}/transfer", "--seeds", "0", "1", "--processes", "2"),
+    "transfer": ("transfer.py", "{work}/transfer", "--seeds", "0", "1", "2", "--processes", "2"),
     "latency": ("latency.py", "--tasks", "cr", "stackoverflow20", "--sizes", "8", "64", "256", "--repeats", "1"),
     **{
         f"latency_{steps}": (
