@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -223,17 +224,22 @@ def base_model_fingerprint(model: nn.Module) -> str:
         ValueError: When weights are not loaded.
     """
     digest, parameters = hashlib.sha256(), _base_parameters(base_of(model))
-    if meta := sorted(name for name, tensor in parameters.items() if tensor.is_meta):
-        raise ValueError(
-            f"A base model is told by its weights, but {len(meta)} of {type(base_of(model)).__name__} are not loaded (meta "
-            f"device, or offloaded), such as {meta[0]}; load them first."
-        )
+    if problem := unloaded(parameters):
+        raise ValueError(f"A base model is told by its weights, but of {type(base_of(model)).__name__} {problem}.")
     for name, tensor in sorted(parameters.items()):
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
+
+
+def unloaded(parameters: Mapping[str, torch.Tensor]) -> str:
+    """What is to be said of weights by their names that are not there yet, or nothing."""
+    meta = [name for name, tensor in parameters.items() if tensor.is_meta]
+    if not meta:
+        return ""
+    return f"{len(meta)} weights are not loaded (meta device, or offloaded), such as {meta[0]}; load them first"
 
 
 def _base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -70,7 +70,7 @@ def save_uniform_lora(
     if heads:
         warnings.warn(f"A uniform LoRA holds no head: {'; '.join(heads)}, and is not saved in {folder}.", stacklevel=2)
     rank = max((a.shape[0] for a, _ in adapter.values()), default=1)
-    name = current.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None) or None
+    name = current.base_model_name_or_path or getattr(base, "name_or_path", None) or None
     task_type = current.task_type if current.modules_to_save is None else None
     fields = {"revision": current.revision, "fan_in_fan_out": current.fan_in_fan_out}
     if task_type is None:  # by which PEFT's auto classes load the base model

@@ -38,7 +38,7 @@ def evaluate(
     check_target(json)
     tasks = load_tasks(task)
     for each in tasks:
-        if "train" in each.splits and (fewer := fewer_than(shots, each.draw_support(shots, seed))):
+        if "train" in each.splits and (fewer := fewer_than(shots, each.split("train"))):
             typer.echo(
                 f"Asked for {shots} examples a class, but in {each.name!r} {fewer}: draws share them.", err=True
             )

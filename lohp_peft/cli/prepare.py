@@ -54,18 +54,15 @@ def prepare(
     # Gradients are taken in any space over the modules: one that needs no decomposition of the base weights.
     first_space = "lora_b" if from_gradients and not dry_run else space
     weight_space = load_space(model, first_space, r, target_modules, layers)
+    model = model if dry_run else on_accelerator(model)
+    encoder = TextEncoder(model, tokenizer, weight_space, pooling=pooling, max_length=max_length)
     if dry_run:
-        TextEncoder(
-            model, tokenizer, weight_space, pooling=pooling, max_length=max_length
-        )  # refuses what cannot be read
         plan = plan_preparation(tasks, weight_space, settings, output)
         if json:
             write_json({"config": settings.to_dict(), "plan": plan.to_dict()})
         else:
             Console().print(plan.table())
         return
-    model = on_accelerator(model)
-    encoder = TextEncoder(model, tokenizer, weight_space, pooling=pooling, max_length=max_length)
     if from_gradients:
         weight_space = gradient_space(tasks, encoder, r, settings, output_dir=output)
         encoder = TextEncoder(model, tokenizer, weight_space, pooling=pooling, max_length=max_length)

@@ -142,10 +142,10 @@ def load_tasks(files: Sequence[Path]) -> list[Any]:
     return tasks
 
 
-def fewer_than(shots: int, support: Any) -> str:
+def fewer_than(shots: int, examples: Any) -> str:
     """Which classes have fewer examples than were asked for, or nothing."""
-    counts = [support.labels.count(i) for i in range(support.n_classes)]
-    named = [f"{name!r} has {n}" for name, n in zip(support.label_names, counts, strict=True) if n < shots]
+    counts = [examples.labels.count(i) for i in range(examples.n_classes)]
+    named = [f"{name!r} has {n}" for name, n in zip(examples.label_names, counts, strict=True) if n < shots]
     return ", ".join(named[:5]) + (f" and {len(named) - 5} more have fewer" if len(named) > 5 else "")
 
 

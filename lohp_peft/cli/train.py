@@ -48,8 +48,9 @@ def train(
     tasks, validation_tasks = tasks[: len(task)], tasks[len(task) :]
     dataset = TrajectoryDataset.from_pretrained(trajectories)
     model, tokenizer = load_base_model(base_model)
+    model = model if dry_run else on_accelerator(model)
+    encoder = TextEncoder(model, tokenizer, dataset.space, pooling=pooling, max_length=max_length)
     if dry_run:
-        encoder = TextEncoder(model, tokenizer, dataset.space, pooling=pooling, max_length=max_length)
         fingerprint = base_model_fingerprint(encoder.base_model)
         dataset.check_matches(space=dataset.space, base_fingerprint=fingerprint, reading=encoder.reading)
         plan = asdict(plan_training(tasks, dataset, settings, validation_tasks))
@@ -61,7 +62,6 @@ def train(
                 table.add_row(name.replace("_", " "), str(value))
             Console().print(table)
         return
-    encoder = TextEncoder(on_accelerator(model), tokenizer, dataset.space, pooling=pooling, max_length=max_length)
     policy = train_policy(
         tasks,
         encoder,

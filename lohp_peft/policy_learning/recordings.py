@@ -10,14 +10,12 @@ from torch import Tensor
 
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.trajectories import Trajectory
-from lohp_peft.trajectories.trajectory import SCORED_SHARE
+from lohp_peft.trajectories.trajectory import LOW_SHARE, SCORED_SHARE
 
 logger = logging.getLogger(__name__)
 
 MAX_RELATIVE_LOSS = 2.0
 """Relative losses are clipped here, so that one failed run cannot dominate (Ours: notes on clipping at 2 L_0)."""
-LOW_SHARE = 0.9
-"""Below it a run whose losses are not those of its states is named (Ours: where `TrajectoryRecorder` warns)."""
 HOW_TO_SCORE = (
     "A run of `TrajectoryRecorder` is scored by evaluations: at the start (`eval_on_start=True`), during training and at "
     "the end."

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lohp_peft.adapters.layout import unloaded
+
 
 def check_base_model(model: nn.Module, tokenizer: Any = None) -> None:
     """Refuse a base model that gives no hidden state per token of a text, and a tokenizer that cannot pad.
@@ -32,11 +34,8 @@ def check_base_model(model: nn.Module, tokenizer: Any = None) -> None:
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and isinstance(getattr(model, prefix, None), nn.Module):
         problems.append(f"it has a head; pass `model.{prefix}`, which is what AutoModel loads")
-    meta = [name for name, x in model.named_parameters() if x.is_meta and ".lora_" not in name]
-    if meta:
-        problems.append(
-            f"{len(meta)} of its weights are not loaded (meta device, or offloaded), such as {meta[0]}; load them first"
-        )
+    if problem := unloaded({name: x for name, x in model.named_parameters() if ".lora_" not in name}):
+        problems.append(problem)
     if getattr(tokenizer, "pad_token", "") is None:
         problems.append("its tokenizer has no padding token; set `tokenizer.pad_token = tokenizer.eos_token`")
     if problems:

@@ -10,6 +10,8 @@ from torch import Tensor
 KNOT_POWER = 1.5
 SCORED_SHARE = "scored_share"
 """Metric of a run that was scored before it was encoded: the share of the scored update's squared norm that a state holds."""
+LOW_SHARE = 0.9
+"""Below it the losses of such a run are not those of its states, and it is named (Ours: a tenth of the update)."""
 
 
 @dataclass(frozen=True, eq=False)

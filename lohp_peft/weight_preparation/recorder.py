@@ -18,13 +18,12 @@ from lohp_peft.adapters.sketch import unit_updates
 from lohp_peft.adapters.space import Adapter, CoreSpace, WeightSpace
 from lohp_peft.trajectories import Trajectory, TrajectoryDataset
 from lohp_peft.trajectories.manifest import MANIFEST_NAME, Manifest
-from lohp_peft.trajectories.trajectory import SCORED_SHARE
+from lohp_peft.trajectories.trajectory import LOW_SHARE, SCORED_SHARE
 from lohp_peft.weight_preparation.snapshots import LiveAdapter, SnapshotStore
 
 logger = logging.getLogger(__name__)
 
 SNAPSHOT_FOLDER = "trajectory_snapshots"
-LOW_ENERGY = 0.9
 LOSS_KEY = "eval_loss"
 NOT_METRICS = ("step", "epoch", "total_flos")
 NOT_METRIC_ENDINGS = ("_runtime", "_per_second")
@@ -216,13 +215,14 @@ class TrajectoryRecorder(TrainerCallback):
             seed=args.seed,
         )
         key = self._append(dataset, trajectory)
-        self.report = _report(key, dataset, encoded[-1].energy_kept, adapters[steps[-1]], len(steps))
+        by_module = {name: float(encoded[-1].energy_kept[name]) for name in adapters[steps[-1]]}
+        self.report = RecordingReport(key, str(dataset.folder), len(steps), shares[-1], by_module)
         if not trajectory.losses[[0, -1]].isfinite().all():
             logger.warning(
                 f"The first or the last state of {key!r} was not evaluated; policy learning will leave the run out. Set "
                 "`eval_on_start=True`, and `eval_steps` so that the last step is one of them."
             )
-        if self.report.energy_kept < LOW_ENERGY:
+        if self.report.energy_kept < LOW_SHARE:
             logger.warning(
                 f"The weight space of {dataset.folder} holds only {self.report.energy_kept:.0%} of the last update of "
                 f"{key!r}. Pass `space` with bases for all runs (`LoraBSpace` where they share a frozen lora_A), or keep "
@@ -354,17 +354,6 @@ def _logged_series(state: TrainerState, steps: list[int]) -> dict[str, Tensor]:
             if measured and not name.endswith(NOT_METRIC_ENDINGS):
                 series.setdefault(name, torch.full((len(steps),), float("nan")))[i] = value
     return {name: values.where(values.isfinite(), torch.nan) for name, values in series.items()}
-
-
-def _report(
-    key: str,
-    dataset: TrajectoryDataset,
-    kept: Mapping[str, float],
-    adapter: Mapping[str, tuple[Tensor, Tensor]],
-    states: int,
-) -> RecordingReport:
-    by_module = {name: float(kept[name]) for name in adapter}
-    return RecordingReport(key, str(dataset.folder), states, _share(kept, adapter), by_module)
 
 
 def _share(kept: Mapping[str, float], adapter: Adapter) -> float:
