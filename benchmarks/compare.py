@@ -99,8 +99,9 @@ def score_task(name: str, wanted: Sequence[Cell], options) -> str:
     if not missing:
         return name
     torch.set_num_threads(options.threads)
-    setting = load_setting(options.policy, options.base_model)
-    others = {cell.policy: load_setting(cell.policy, options.base_model) for cell in missing if cell.policy}
+    where = options.base_model, options.device
+    setting = load_setting(options.policy, *where)
+    others = {cell.policy: load_setting(cell.policy, *where) for cell in missing if cell.policy}
     (task,) = load_tasks([name])
     test = task.split("test")
     if options.max_test is not None and len(test) > options.max_test:
@@ -141,7 +142,8 @@ def score_task(name: str, wanted: Sequence[Cell], options) -> str:
                 features = CONTROLS[cell.control](of_cell, support, task) if cell.control else None
                 adapted = cell.how.adapt(of_cell, fits[cell.fit], support, features)
                 seconds = time.perf_counter() - start
-                predicted = adapted.head.logits(predict(adapted)).argmax(-1).cpu()
+                head = adapted.head
+                predicted = head.logits(predict(adapted).to(head.weight.device)).argmax(-1).cpu()
                 f1 = f1_score(test.targets, predicted, labels=test.targets.unique(), average="macro", zero_division=0)
                 accuracy = float(accuracy_score(test.targets, predicted))
                 rows[cell.key].append({"accuracy": accuracy, "macro_f1": float(f1), "seconds": seconds})
@@ -263,6 +265,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--trajectories", type=Path, help="recordings, for the methods that learn from them")
     parser.add_argument("--full-data-rows", type=int, default=2000, help="most training rows of adamw_full_data")
     parser.add_argument("--base-model", default="minilm", help="minilm or a folder")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; where the base model is, in all processes")
     parser.add_argument("--processes", type=int, default=1, help="cells at once, each process with --threads threads")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="result file; results/compare[_SPLIT].json by default")
@@ -274,11 +277,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes that are started
     torch.set_num_threads(options.threads)
-    subject = (options.policy, options.base_model)
+    subject = (options.policy, options.base_model, options.device)
     budget = Budget(options.steps, options.episodes, min(100, options.steps), options.validation_episodes)
     settings = {
         "split": options.split,
-        "policy": describe_policy(load_setting(*subject).policy),
+        "policy": describe_policy(load_setting(options.policy, options.base_model).policy),
         "draws": options.draws,
         "max_test": options.max_test,
         "full_data_rows": options.full_data_rows,

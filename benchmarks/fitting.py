@@ -27,10 +27,10 @@ class Budget:
 
 
 @cache
-def load_setting(policy: str, base_model: str) -> Setting:
-    """Loaded once in every process."""
-    subject = load_subject(policy, base_model)
-    return Setting(subject[0], encoder_of(*subject))
+def load_setting(policy: str, base_model: str, device: str = "cpu") -> Setting:
+    """Loaded once in every process; the base model on `device`, the policy, and what a method trains, on the CPU."""
+    policy, model, tokenizer = load_subject(policy, base_model)
+    return Setting(policy, encoder_of(policy, model.to(device), tokenizer))
 
 
 def training_of(
@@ -65,12 +65,18 @@ def recordings_of(trajectories: Path, setting: Setting) -> tuple[list[str], torc
 
 
 def fit(
-    name: str, seed: int, split: str, budget: Budget, subject: tuple[str, str], trajectories: Path | None, target: Path
+    name: str,
+    seed: int,
+    split: str,
+    budget: Budget,
+    subject: tuple[str, str, str],
+    trajectories: Path | None,
+    target: Path,
 ) -> str:
-    """Train one method and keep its tensors and its cost."""
-    setting = load_setting(*subject)
+    """Train one method on policy, base model and device, and keep its tensors and its cost."""
+    setting, device = load_setting(*subject), subject[2]
     model, tokenizer = load_base_model(subject[1], "eager")
-    encoder = encoder_of(setting.policy, model, tokenizer, torch.bfloat16)
+    encoder = encoder_of(setting.policy, model.to(device), tokenizer, torch.bfloat16)
     recordings = recordings_of(trajectories, setting) if trajectories else None
     training = training_of(setting, encoder, split_of(split), budget, seed, recordings)
     start = time.perf_counter()

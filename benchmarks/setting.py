@@ -28,10 +28,16 @@ def load_subject(policy: str, base_model: str):
 
 
 def encoder_of(policy: LoHpPolicy, model, tokenizer, dtype: torch.dtype | None = None) -> TextEncoder:
-    """Base model in the policy's weight space, as the policy was trained."""
+    """Base model in the policy's weight space, as the policy was trained; many texts a pass on an accelerator."""
     config = policy.config
     return TextEncoder(
-        model, tokenizer, policy.space, pooling=config.pooling, max_length=config.max_text_length, dtype=dtype
+        model,
+        tokenizer,
+        policy.space,
+        pooling=config.pooling,
+        max_length=config.max_text_length,
+        batch_size=64 if model.device.type == "cpu" else 512,
+        dtype=dtype,
     )
 
 

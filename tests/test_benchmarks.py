@@ -375,6 +375,23 @@ def test_compare(compare, scripts, subject, tmp_path, capsys):
         assert rows[mine]["macro_f1"] == pytest.approx(expected["macro_f1"]), mine
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compare_on_a_gpu(compare, subject, tmp_path):
+    """With the base model there the scores are those of the CPU, whatever a method keeps where."""
+    methods = ["none", "none_linear_probe", "mean", "nearest", "best_by_support_loss", "adamw_10", "multi_task"]
+    methods += ["reptile_5", "text_to_lora_sft", "multi_task_steps", "ours_raw", "ours", "ours_steps"]
+    line = [*subject, *COMPARE, "--steps", "2", "--episodes", "1", "--validation-episodes", "2", "--methods", *methods]
+    found = {}
+    for device in ("cpu", "cuda"):
+        file = tmp_path / f"{device}.json"
+        compare.main([str(tmp_path / device), *line, "--device", device, "--output", str(file)])
+        found[device] = result_of(file)["shots"]["4"]
+    assert set(found["cuda"]) == set(found["cpu"])
+    for name, row in found["cuda"].items():  # a text of 48 may lie on a boundary, and training rounds otherwise
+        assert row["accuracy"] == pytest.approx(found["cpu"][name]["accuracy"], abs=0.1), name
+
+
 @pytest.mark.slow
 def test_compare_with_fewer_draws(compare, scripts, subject, tmp_path, monkeypatch):
     """A method whose support sets cost minutes gets the first ones, and is paired with ours on these."""

@@ -66,7 +66,7 @@ class Setting:
         rows = balanced_rows(examples.targets, most_texts, support.seed)
         part, given = support.encoded[rows], (examples.targets[rows], examples.n_classes)
         losses = [leave_one_out_loss(self.encoder.embed(part, state[None]), *given, ridge=ridge) for state in states]
-        return torch.stack([loss.mean() for loss in losses])
+        return torch.stack([loss.mean() for loss in losses]).to(states.device)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Training:
         config = self.setting.policy.config
         settings = {"head": config.head, "ridge": config.ridge, "calibrated": True}
         losses, _ = (bank or self.bank).episode_losses(episodes, states[:, None], **settings)
-        return losses[:, 0]
+        return losses[:, 0].to(states.device)
 
 
 class Method:

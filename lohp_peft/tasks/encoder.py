@@ -24,6 +24,7 @@ from lohp_peft.tasks.requirements import LayerCalls, check_base_model, check_inp
 
 POOLINGS = ("mean", "first", "last")
 LEAST_CHUNK = 8
+LEAST_CHUNK_ON_ACCELERATORS = 64
 PROBE = ("a", "a b c d")
 _PROBED: WeakKeyDictionary = WeakKeyDictionary()
 
@@ -327,13 +328,15 @@ class TextEncoder:
 
         A batch ends early where its next text is half as long again as its first and it has `LEAST_CHUNK` texts
         (Ours: in batches of 64 texts the padding was 42 % of the tokens, median of 14 validation tasks; so it is 14 %).
+        On accelerators it has 64 then (Ours: there a pass over few texts costs as much as one over many).
         """
+        least = LEAST_CHUNK if self.device.type == "cpu" else LEAST_CHUNK_ON_ACCELERATORS
         lengths = encoded.attention_mask.sum(-1)
         order = lengths.argsort(stable=True)
         chunks, first = [], 0
         sorted_lengths = lengths[order].tolist()
         for i, length in enumerate(sorted_lengths):
-            wide = i - first >= LEAST_CHUNK and length > 1.5 * sorted_lengths[first]
+            wide = i - first >= least and length > 1.5 * sorted_lengths[first]
             if i - first == self.batch_size or wide:
                 chunks.append(order[first:i])
                 first = i
