@@ -5,7 +5,8 @@ reviews of three products, `stance` towards two targets, `sarcasm` of two sites.
 `ours_swapped` is conditioned on the same support texts under the *other* labeling, while head and scores keep the true
 labels. The floor is one unconditional adapter trained through the base model on both labelings of the training domains,
 the mark to reach is a specialist for each labeling; `wrong_specialist` is the other labeling's. `mean` is that of the training
-tasks' adapters, `multi_task` the adapter that `compare.py` trained on all of them (`--fits`), both the same for all pairs.
+tasks' adapters, `multi_task` the adapter that `compare.py` trained on all of them with that seed (`--fits`, in the policy's
+weight space), both the same for all pairs.
 
 No test domain was trained on, but `stance_feminist` and `sarcasm_reddit` are validation tasks: the policy's settings were
 chosen with their help. `stance` and `sarcasm` have no further domains for choosing the step of floor and specialists:
@@ -133,11 +134,11 @@ def _train(policy, bank, sampler, groups, labelings, validation: Scorer, options
     return best
 
 
-def common_states(policy, fits: Path | None) -> dict[str, Tensor]:
+def common_states(policy, fits: Path | None, seed: int) -> dict[str, Tensor]:
     """Adapters that are the same for all pairs."""
     states = {"mean": policy.reference_set.mean_state()}
     if fits is not None:
-        states["multi_task"] = policy.scale * load_file(fits / "multi_task-0.safetensors")["state"]
+        states["multi_task"] = policy.scale * load_file(fits / f"multi_task-{seed}.safetensors")["state"]
     return states
 
 
@@ -252,7 +253,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--validate-every", type=int, default=25, help="steps between validations")
     parser.add_argument("--validation-draws", type=int, default=4, help="support sets per labeling in a validation")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train in bfloat16")
-    parser.add_argument("--fits", type=Path, help="trainings of compare.py, for the row multi_task")
+    parser.add_argument("--fits", type=Path, help="trainings of compare.py with this policy, for the row multi_task")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
     parser.add_argument(
         "--split",
@@ -276,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pending = [name for name in options.pairs if not files[name].exists()]
     check_policy([file for file in files.values() if file.exists()], options.seed, describe_policy(policy))
     print(f"{len(options.pairs) - len(pending)} of {len(options.pairs)} pairs are done already", flush=True)
-    common = common_states(policy, options.fits)
+    common = common_states(policy, options.fits, options.seed)
     lacking = {name: common if name in pending else lacking_of(files[name], common) for name in options.pairs}
     unfinished = [name for name, states in lacking.items() if states]
     if unfinished:

@@ -209,6 +209,16 @@ def test_contrast(contrast, scripts, subject, tmp_path, capsys):
     percent = scripts("rendering").percent
     assert f": generated {percent(means[0])}, {percent(means[1])};" in scripts("tables").contrast(both)
 
+    # until one is given that was trained in its weight space, with its seed
+    save_file({"state": torch.randn(state.shape)}, tmp_path / "multi_task-1.safetensors")
+    contrast.main([*second, "--fits", str(tmp_path)])
+    for name, pair in result_of(tmp_path / "result.json")["pairs"].items():
+        for labeling, methods in pair["labelings"].items():
+            before = both["pairs"][name]["labelings"][labeling]
+            assert {**methods, "multi_task": None} == {**before, "multi_task": None}
+            assert methods["multi_task"]["accuracy_of_seeds"][:1] == before["multi_task"]["accuracy_of_seeds"]
+            assert len(methods["multi_task"]["accuracy_of_seeds"]) == 2
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("pair", "domains", "classes"), [("sentiment", 3, 2), ("stance", 2, 3), ("sarcasm", 2, 2)])
