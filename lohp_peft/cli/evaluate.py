@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lohp_peft.cli.overrides import read_config
 from lohp_peft.cli.resources import (
     check_target,
     fewer_than,
@@ -22,25 +23,30 @@ from lohp_peft.cli.resources import (
 
 
 def evaluate(
+    ctx: typer.Context,
     base_model: Annotated[str, typer.Option(help="`minilm`, a folder, or a Hub id, owner/name@commit to pin it.")],
     task: Annotated[
         list[Path], typer.Option(help="JSON lines {text[, text_b], label, split}, plain or gzipped; repeatable.")
     ],
     policy: Annotated[str, typer.Option(help="`shipped`, a folder, or owner/name@commit.")] = "shipped",
-    shots: Annotated[int, typer.Option(help="Examples per class, drawn from split train.")] = 16,
-    draws: Annotated[int, typer.Option(help="Support sets drawn per task; scores are their mean.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the draws and of the generation.")] = 0,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="field=value of EvaluationConfig; repeatable.")
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="JSON file to write; `-` prints it.")] = None,
 ) -> None:
-    """Score generated adapters on split test, beside no adapter, controls and AdamW."""
-    from lohp_peft.evaluation import evaluate_tasks
+    """Score generated adapters on split test, beside no adapter, controls and AdamW.
 
+    Every field of EvaluationConfig may be set as `--field value`, lists with commas.
+    """
+    from lohp_peft.evaluation import EvaluationConfig, evaluate_tasks
+
+    config = read_config(EvaluationConfig, None, ctx.args, sets or ())
     check_target(json)
     tasks = load_tasks(task)
     for each in tasks:
-        if "train" in each.splits and (fewer := fewer_than(shots, each.split("train"))):
+        if "train" in each.splits and (fewer := fewer_than(config.shots, each.split("train"))):
             typer.echo(
-                f"Asked for {shots} examples a class, but in {each.name!r} {fewer}: draws share them.", err=True
+                f"Asked for {config.shots} examples a class, but in {each.name!r} {fewer}: draws share them.", err=True
             )
     model, tokenizer = load_base_model(base_model)
     model = on_accelerator(model)
@@ -52,8 +58,7 @@ def evaluate(
             with suppress(OSError):  # told at the end, below the table
                 write_json({"tasks": done}, json)  # of a run that is stopped, too
 
-    given = {"shots": shots, "draws": draws, "seed": seed}
-    results = evaluate_tasks(load_policy(policy), model, tokenizer, tasks, **given, on_task=keep)
+    results = evaluate_tasks(load_policy(policy), model, tokenizer, tasks, config=config, on_task=keep)
     if str(json) != "-":
         show(results["tasks"])  # whatever becomes of the file
     if json is not None:

@@ -80,7 +80,7 @@ app.command("prepare", **_PREPARATION)(prepare.prepare)
 app.command("import-checkpoints", **_PREPARATION)(import_checkpoints.import_checkpoints)
 app.command("train", **_configured("lohp_peft.policy_learning", "PolicyLearningConfig"))(train.train)
 app.command("generate", **_configured("lohp_peft.generation", "GenerationConfig"))(generate.generate)
-app.command("evaluate")(evaluate.evaluate)
+app.command("evaluate", **_configured("lohp_peft.evaluation", "EvaluationConfig"))(evaluate.evaluate)
 app.command("push")(push.push)
 app.command("env")(environment.environment)
 

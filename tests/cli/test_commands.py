@@ -107,20 +107,25 @@ def test_version():
 def test_evaluate(monkeypatch, loaded, task_file, tmp_path):
     from lohp_peft import evaluation
 
-    def evaluate_tasks(policy, base_model, tokenizer, tasks, **options):
+    def evaluate_tasks(policy, base_model, tokenizer, tasks, *, config, on_task):
         assert (policy, base_model, tokenizer) == ("policy", "model", "tokenizer")
         assert [task.name for task in tasks] == ["parcels"]
-        assert {"shots": 4, "draws": 2, "seed": 7}.items() <= options.items()
+        assert (config.shots, config.draws, config.seed, config.max_test) == (4, 2, 7, 50)
+        assert config.methods == ("none", "generated")
         return RESULTS
 
     monkeypatch.setattr(evaluation, "evaluate_tasks", evaluate_tasks)
     out = tmp_path / "new" / "out.json"
     line = ["evaluate", "--policy", "p", "--base-model", "minilm", "--task", str(task_file)]
-    line += ["--shots", "4", "--draws", "2", "--seed", "7"]
+    line += ["--shots", "4", "--draws", "2", "--seed", "7", "--methods", "none,generated", "--set", "max_test=50"]
     result = run(*line, "--json", str(out))
     assert result.exit_code == 0, result.output
     assert json.loads(out.read_text()) == RESULTS
     assert set(loaded) == {"p", "minilm"}
+    wrong = run(*line, "--draws", "0", "--shot", "3", "--json", str(out))
+    assert wrong.exit_code == 2
+    assert "`draws` is given more than once" in wrong.stderr
+    assert "unknown key `shot`, did you mean `shots`?" in wrong.stderr
     for text in ("62.5", "75.0", "0.71"):  # accuracy of each, median seconds of both tasks
         assert text in result.output
     assert json.loads(run(*line, "--json", "-").stdout) == RESULTS
