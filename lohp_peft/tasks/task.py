@@ -114,8 +114,8 @@ class Examples:
 
         Raises:
             TypeError: When `rows` are no rows, such as a path or a mapping of columns.
-            ValueError: Naming every malformed row: no text, an empty text, no label or none of the dataset's classes, or pairs
-                mixed with single texts.
+            ValueError: Naming what no row has, or every malformed row: no text, an empty text, no label or none of the dataset's
+                classes, or pairs mixed with single texts.
         """
         if isinstance(rows, str | bytes | Path | Mapping) or hasattr(rows, "to_dict") and hasattr(rows, "columns"):
             raise TypeError(
@@ -124,6 +124,9 @@ class Examples:
             )
         named = getattr((getattr(rows, "features", None) or {}).get("label"), "names", None)
         rows = list(rows)
+        columns = {str(name) for row in rows if isinstance(row, Mapping) for name in row}
+        if columns and (missing := [name for name in ("text", "label") if name not in columns]):
+            raise ValueError(f"Rows need 'text' and 'label', but none has {missing}; rename {sorted(columns)[:20]}.")
         problems = []
         pair = bool(rows) and isinstance(rows[0], Mapping) and rows[0].get("text_b") is not None
         for i, row in enumerate(rows):

@@ -25,8 +25,10 @@ def write(path, rows):
     ("rows", "message"),
     [
         ([{"text": " ", "label": "a"}], "row 0: 'text' must be a non-empty string, got ' '"),
-        ([{"label": "a"}], "row 0: 'text' must be a non-empty string, got None"),
-        ([{"text": "x"}], "row 0: 'label' must be a string or an int, got None"),
+        ([{"label": "a"}], r"none has \['text'\]; rename \['label'\]"),
+        ([{"sentence": "x", "intent": "a"}] * 30, r"none has \['text', 'label'\]; rename \['intent', 'sentence'\]\.$"),
+        ([{"text": "x", "label": 0}, {"label": 1}], "row 1: 'text' must be a non-empty string, got None"),
+        ([{"text": "x"}, {"text": "y", "label": 1}], "row 0: 'label' must be a string or an int, got None"),
         ([{"text": "x", "label": True}], "row 0: 'label' must be a string or an int, got True"),
         ([{"text": "x", "label": 0.5}], "row 0: 'label' must be a string or an int, got 0.5"),
         (["x"], "row 0: expected a mapping with 'text' and 'label', got str"),
@@ -153,7 +155,10 @@ def test_rows_without_a_split_are_for_training(tmp_path):
     [
         ([], "task.jsonl is not JSON lines: it has no rows"),
         (["{", ROWS[0], "no"], "task.jsonl is not JSON lines: line 1: .* at column 2; line 3: .* at column 1"),
-        ([{"text": "x"}], "Task file .*task.jsonl: 1 malformed support rows: row 0: 'label'"),
+        (
+            [{"text": "x"}],
+            r"Task file .*task.jsonl: Rows need 'text' and 'label', but none has \['label'\]; rename \['text'\]",
+        ),
     ],
 )
 def test_bad_files(tmp_path, rows, message):
