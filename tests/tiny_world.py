@@ -106,6 +106,9 @@ def build_policy(model, tokenizer=None, kind="core", r=2, seed=0, targets=None, 
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
+        # all ones before training, along which a normalised hidden state has rounding errors only
+        axes = policy.feature_reference.axes
+        axes.copy_(torch.linalg.qr(torch.randn(axes.shape))[0])
     policy.set_space(space)
     return policy.eval()
 
