@@ -1,6 +1,5 @@
 """The candidates of a generation: rollouts, no adapter, the mean adapter, a mixture; and the choice on the support set."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +23,7 @@ from lohp_peft.tasks import (
 )
 from lohp_peft.tasks.encoder import EncodedTexts
 from lohp_peft.tasks.requirements import check_gradients
+from lohp_peft.warn import warn
 
 SEEDS = 2**63
 """How many there are; a generation's further draws add to one."""
@@ -163,10 +163,9 @@ class CandidateSet:
         prepared = [encoder.prepare(task.texts, task.texts_b) for task in examples]
         self.truncated = [_count_truncated(encoder, *pair) for pair in zip(examples, prepared, strict=True)]
         if any(self.truncated):
-            warnings.warn(
+            warn(
                 f"{sum(self.truncated)} of {sum(self.sizes)} support texts are longer than {encoder.max_length} tokens and "
                 "were truncated, as in the policy's training.",
-                stacklevel=5,
             )
         self.encoded = EncodedTexts.concatenate(prepared)
         self.owner = torch.repeat_interleave(torch.arange(len(examples)), torch.tensor(self.sizes))

@@ -1,7 +1,6 @@
 """Generated adapters beside honest baselines and controls, on held-out examples."""
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
@@ -18,6 +17,7 @@ from lohp_peft.policy import LoHpPolicy, rollout
 from lohp_peft.progress import Work
 from lohp_peft.tasks import Examples, Head, Task, TaskFeatures, TextEncoder, draw, solve_head, task_features
 from lohp_peft.tasks.encoder import EncodedTexts
+from lohp_peft.warn import warn
 
 METHODS = (
     "none",
@@ -31,8 +31,6 @@ METHODS = (
 )
 RAW = ("generated_raw", "wrong_task", "shuffled_labels")
 """Rollouts that are not compared with other candidates."""
-BY_CALLER = 5
-"""Stack level of warnings of the caller of `evaluate_tasks`, which two decorators are around."""
 FROM_REFERENCE = ("mean_adapter", "nearest_adapter", "wrong_task")
 """What needs the training tasks that a policy keeps."""
 
@@ -177,7 +175,7 @@ def _possible(policy: LoHpPolicy, task: Task, methods: Sequence[str]) -> tuple[s
         reasons = "; ".join(f"{name!r} needs {reason}" for name, reason in left_out.items())
         if len(left_out) == len(methods):
             raise ValueError(f"Nothing can be scored on task {task.name!r}: {reasons}.")
-        warnings.warn(f"Not scored on task {task.name!r}: {reasons}.", stacklevel=BY_CALLER)
+        warn(f"Not scored on task {task.name!r}: {reasons}.")
     return tuple(name for name in methods if name not in left_out)
 
 
@@ -185,10 +183,9 @@ def _tell_of_overlap(task: Task) -> None:
     """Warn of test rows that support sets may hold as well."""
     train, test = (set(task.split(split).read()) for split in ("train", "test"))
     if shared := len(train & test):
-        warnings.warn(
+        warn(
             f"Task {task.name!r}: {shared} of {len(test)} different texts of split test are in split train too, which "
             "makes every score too good. Take them out of one of the two.",
-            stacklevel=BY_CALLER,
         )
 
 

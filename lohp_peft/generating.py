@@ -1,6 +1,5 @@
 """Generating into a model with LoRA layers: everything is checked first, then weights and classifier are written, or neither."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from lohp_peft.adapters.writing import (
     written_weights,
 )
 from lohp_peft.config import LoHpConfig, read_support_file
+from lohp_peft.warn import warn
 
 FEW = 4
 """Texts on which a classifier's features are compared with the policy's embeddings."""
@@ -61,11 +61,10 @@ def generate_into(
         linear = classifier_linear(model, adapter_name, model.config.num_labels)
     else:
         if type(model).__name__.endswith("ForSequenceClassification"):
-            warnings.warn(
+            warn(
                 f"The classifier of {type(model).__name__} stays as it is, because adapter {adapter_name!r} has "
                 f"task_type={peft_config.task_type!r}; with 'SEQ_CLS' it is solved as well.",
                 PeftWarning,
-                stacklevel=4,
             )
         if _has_head(peft_config):
             check_untrained(model, adapter_name)
@@ -82,12 +81,11 @@ def generate_into(
                 few = examples.select(range(min(FEW, len(examples))))
                 pooled = encoder.embed(encoder.prepare(few.texts, few.texts_b))
             if not _alike(features[:FEW], pooled):
-                warnings.warn(
+                warn(
                     f"The classifier of {type(model).__name__} reads other features than the policy, which pools by "
                     f"{encoder.pooling!r}, and is likely to be less accurate than the head of an adapter for "
                     "FEATURE_EXTRACTION; compare them on examples, or train the classifier further.",
                     PeftWarning,
-                    stacklevel=4,
                 )
             kind = made.report.config["head"] or policy.config.head
             labels = torch.tensor(columns, device=features.device)[examples.targets.to(features.device)]

@@ -1,7 +1,6 @@
 """`LoHpModel`: LoRA layers whose weights a policy writes once; the policy is no part of the model."""
 
 import copy
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from lohp_peft.config import (
     stand_beside_generated,
 )
 from lohp_peft.generating import generate_into, generation_inputs
+from lohp_peft.warn import warn
 
 if TYPE_CHECKING:
     from lohp_peft.generation import GenerationConfig, GenerationReport, LoHpPolicy, Support
@@ -64,11 +64,10 @@ class LoHpModel(LoraModel):
         """See `LoraModel`; takes rank and targets from the policy and generates when the configuration has a support."""
         config = self.peft_config[adapter_name]
         if config.bias != "none" and not hasattr(BaseTuner, "_get_adapter_state_dict"):
-            warnings.warn(
+            warn(
                 f"Adapter {adapter_name!r} has bias={config.bias!r}, but PEFT before 0.21 saves no biases of a method "
                 'that it does not know; use bias="none" or a newer PEFT.',
                 PeftWarning,
-                stacklevel=2,
             )
         follows = isinstance(config, LoHpConfig) and config.follows_policy and not self._merging
         if follows or generation_record(config) is not None:
@@ -86,11 +85,10 @@ class LoHpModel(LoraModel):
         inputs = None
         if config.support is not None and config.init_weights:
             if kwargs.get("low_cpu_mem_usage") or nn.LayerNorm(1).weight.is_meta or _has_meta(model):
-                warnings.warn(
+                warn(
                     f"Adapter {adapter_name!r} is not generated, because there are no weights yet (meta device); call "
                     "`generate_adapter` once they are loaded.",
                     PeftWarning,
-                    stacklevel=2,
                 )
             else:
                 # All of it before the model is changed, so that a mistake leaves it as it was.

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import Adapter
 from lohp_peft.files import FLOAT_TYPES, read_json, read_tensors, sha256, write_atomically
+from lohp_peft.warn import warn
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
@@ -64,10 +64,9 @@ class GenerationRecord:
             provenance.setdefault(DIGEST_KEY, lora_digest(saved))
         if self.weights is not None:
             if not saved and (folder / "adapter_model.bin").exists():
-                warnings.warn(
+                warn(
                     f"Neither head nor provenance is saved in {folder}: only weights in {WEIGHTS_FILE} can be compared with "
                     "those that were generated. Save with `safe_serialization=True`.",
-                    stacklevel=2,
                 )
             if not _holds(saved.values(), self.weights):
                 if not any(tensor.any() for name, tensor in saved.items() if ".lora_B" in name):

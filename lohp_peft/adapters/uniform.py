@@ -1,7 +1,6 @@
 """Adapters in the one form that servers of many adapters and hot swapping need."""
 
 import os
-import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from lohp_peft.adapters.export import (
     unsupported,
     unsupported_options,
 )
+from lohp_peft.warn import warn
 
 
 def save_uniform_lora(
@@ -68,7 +68,7 @@ def save_uniform_lora(
     if problems:
         raise ValueError(f"A uniform LoRA cannot hold adapter {adapter_name!r}: {'; '.join(problems)}.")
     if heads:
-        warnings.warn(f"A uniform LoRA holds no head: {'; '.join(heads)}, and is not saved in {folder}.", stacklevel=2)
+        warn(f"A uniform LoRA holds no head: {'; '.join(heads)}, and is not saved in {folder}.")
     rank = max((a.shape[0] for a, _ in adapter.values()), default=1)
     name = current.base_model_name_or_path or getattr(base, "name_or_path", None) or None
     task_type = current.task_type if current.modules_to_save is None else None

@@ -1,6 +1,7 @@
 """The command group: which verbs exist and how their errors are shown."""
 
 import sys
+import warnings
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -22,9 +23,12 @@ class ErrorGroup(TyperGroup):
         return super().parse_args(ctx, ["--debug"] * ("--debug" in args) + [arg for arg in args if arg != "--debug"])
 
     def invoke(self, ctx):
-        """Run the verb."""
+        """Run the verb; a warning is one line, too."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                if not ctx.params["debug"]:
+                    warnings.showwarning = lambda message, *_, **__: typer.echo(f"Warning: {message}", err=True)
+                return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
         except USER_ERRORS as error:

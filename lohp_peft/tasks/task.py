@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from lohp_peft.files import parse_json
+from lohp_peft.warn import warn
 
 
 @dataclass(frozen=True)
@@ -328,10 +328,10 @@ def read_support(support: Support) -> Examples:
             f"({', '.join(names) or 'none'})."
         )
     if empty := [name for i, name in enumerate(examples.label_names) if i not in present]:
-        warnings.warn(f"There are no examples of {', '.join(empty)}, which will not be predicted.", stacklevel=3)
+        warn(f"There are no examples of {', '.join(empty)}, which will not be predicted.")
     distinct = examples.distinct()  # one that is left out, or lies in the other half, must not be there a second time
     if repeated := len(examples) - len(distinct):
-        warnings.warn(f"{repeated} of {len(examples)} examples repeat others and count once.", stacklevel=3)
+        warn(f"{repeated} of {len(examples)} examples repeat others and count once.")
     return distinct
 
 

@@ -2,7 +2,6 @@
 
 import re
 import secrets
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from lohp_peft.trajectories.manifest import (
 )
 from lohp_peft.trajectories.shard import decode_shard, describe, encode_shard, misfits, shard_header
 from lohp_peft.trajectories.trajectory import Trajectory
+from lohp_peft.warn import warn
 
 DAMAGE_POLICIES = ("error", "skip")
 LOCK_NAME = ".lock"
@@ -133,7 +133,7 @@ class TrajectoryDataset:
                 'with on_damage="skip" to go on without them.'
             )
         for problem in problems:
-            warnings.warn(f"Skipped in {folder}: {problem}.", stacklevel=2)
+            warn(f"Skipped in {folder}: {problem}.")
         return dataset
 
     @classmethod
@@ -241,7 +241,7 @@ class TrajectoryDataset:
                 if self.on_damage == "error":
                     raise
                 self.damaged[key] = str(error)
-                warnings.warn(f"Skipped in {self.folder}: {error}.", stacklevel=2)
+                warn(f"Skipped in {self.folder}: {error}.")
                 continue
             yield from trajectories
 
