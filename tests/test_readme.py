@@ -93,7 +93,7 @@ def check_lohp_peft(arguments: list[str]) -> None:
     verb, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
     inner = command.make_context(verb, rest, parent=context)
     config = {"prepare": "WeightPreparationConfig", "train": "PolicyLearningConfig", "generate": "GenerationConfig"}
-    config["import-checkpoints"] = config["prepare"]
+    config |= {"import-checkpoints": config["prepare"], "evaluate": "EvaluationConfig"}
     if verb in config:
         import lohp_peft
 
