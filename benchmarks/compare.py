@@ -154,6 +154,7 @@ def score_task(name: str, wanted: Sequence[Cell], options) -> str:
                 "macro_f1": fmean(row["macro_f1"] for row in each),
                 "per_draw": [row["accuracy"] for row in each],
                 "seconds": median(row["seconds"] for row in each),
+                **({} if options.device == "cpu" else {"device": options.device}),
             }
         write_json(file, found)
     return name
@@ -179,7 +180,7 @@ def summarise(
     """By method (and control): means over tasks and seeds, and each of ours minus it, paired by task, with its intervals.
 
     `of` tells the family of a task, for the interval over families. A method with fewer draws than the others is paired
-    with ours on these.
+    with ours on these. Seconds are those on a CPU, where there are any.
     """
     grouped: dict[str, list[str]] = {}
     for key in found:
@@ -199,12 +200,13 @@ def summarise(
         method = name.split(" | ")[0]
         draws = METHODS[method].most_draws if method in METHODS else None
         accuracy = accuracy_of(keys, draws)
+        timed = [key for key in keys if not any("device" in task[key] for task in tasks.values())]
         low, high = bootstrap_interval(accuracy)
         made[name] = {
             "accuracy": fmean(accuracy),
             "interval": [low, high],
             "macro_f1": fmean(of_task("macro_f1", keys)),
-            "seconds": median(of_task("seconds", keys)),
+            "seconds": median(of_task("seconds", timed)) if timed else None,
             "seeds": len(keys),
             **({"draws": draws} if draws else {}),
             "accuracy_of_seeds": [fmean(task[key]["accuracy"] for task in tasks.values()) for key in keys],
@@ -327,7 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for shots, methods in result["shots"].items():
         print(f"{shots} examples per class")
         for name, row in methods.items():
-            print(f"  {name:36} {100 * row['accuracy']:5.1f} %  {row['seconds']:6.2f} s")
+            seconds = "" if row["seconds"] is None else f"  {row['seconds']:6.2f} s"
+            print(f"  {name:36} {100 * row['accuracy']:5.1f} %{seconds}")
 
 
 if __name__ == "__main__":

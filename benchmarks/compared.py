@@ -80,7 +80,7 @@ def _methods(title: str, methods: Mapping[str, Any]) -> str:
             interval(row.get("ours_minus_it")),
             *([over_families(row.get("ours_minus_it"))] if of_families else []),
             interval(row.get("ours_steps_minus_it")),
-            f"{row['seconds']:.2f}",
+            "" if row["seconds"] is None else f"{row['seconds']:.2f}",
         )
         for name, row in methods.items()
     ]

@@ -421,6 +421,14 @@ def test_compare_with_fewer_draws(compare, scripts, subject, tmp_path, monkeypat
     assert "draws" not in rows["none_prototype"]
     assert rows["none"]["ours_raw_minus_it"]["mean"] == pytest.approx(fmean(first) - rows["none"]["accuracy"])
     assert "none (1 draw)" in scripts("compared")._methods("", rows)
+    seconds = rows["ours_raw"]["seconds"]
+    for task in tasks.values():  # seconds on an accelerator are none of a CPU's
+        task["ours_raw/other/4/"] = {**task["ours_raw/0/4/"], "seconds": 1e6, "device": "cuda"}
+        task["none/0/4/"]["device"] = "cuda"
+    rows = compare.summarise(tasks, list(tasks["cr"]), 4, ours=("ours_raw",))
+    assert rows["ours_raw"]["seconds"] == seconds
+    assert rows["none"]["seconds"] is None
+    assert scripts("compared")._methods("", {"none": rows["none"]}).rstrip().endswith("|  |")
 
 
 @pytest.mark.slow
