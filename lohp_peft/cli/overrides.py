@@ -173,8 +173,8 @@ def show_fields(cls: type) -> None:
     for field in fields(cls):
         if field.init:
             default = field.default if field.default_factory is MISSING else field.default_factory()
+            default = "" if default is None or default is MISSING else default
             shown = ",".join(map(str, default)) if isinstance(default, tuple | list) else str(default)
-            shown = "" if default is None or default is MISSING else shown
             table.add_row(f"--{field.name.replace('_', '-')}", str(field.metadata.get("help", "")), shown)
     Console().print(table)
 
