@@ -2,8 +2,8 @@
 
 Two kinds of cells, each run once and kept in the work folder: `fits/METHOD-SEED.safetensors`, one training of a method,
 and the scores of (method, seed, shots, control) in `tasks/TASK.json`, which are written together for each number of shots.
-A run that was stopped is continued by the same command; trainings and tasks run on `--processes`. The result holds all
-cells that the folder has for these tasks, so that methods can be added by further commands.
+A run that was stopped is continued by the same command, a training where it last validated; trainings and tasks run on
+`--processes`. The result holds all cells that the folder has for these tasks, so that methods can be added by further commands.
 """
 
 import argparse

@@ -1,12 +1,13 @@
 """Training a method of the comparison: its tasks, episodes, recordings and budget, and the file it ends in."""
 
-import time
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from methods import METHODS, Setting, Training
+from methods.unfinished import minutes
 from safetensors.torch import save_file
 from setting import encoder_of, load_base_model, load_subject
 from splits import Split, split_of
@@ -73,17 +74,20 @@ def fit(
     trajectories: Path | None,
     target: Path,
 ) -> str:
-    """Train one method on policy, base model and device, and keep its tensors and its cost."""
+    """Train one method on policy, base model and device, and keep its tensors and its cost.
+
+    Until it is done it is kept at every validation in a folder beside the target; a training that was stopped goes on there.
+    """
     setting, device = load_setting(*subject), subject[2]
     model, tokenizer = load_base_model(subject[1], "eager")
     encoder = encoder_of(setting.policy, model.to(device), tokenizer, torch.bfloat16)
     recordings = recordings_of(trajectories, setting) if trajectories else None
+    folder = target.with_suffix(".unfinished")
     training = training_of(setting, encoder, split_of(split), budget, seed, recordings)
-    start = time.perf_counter()
-    tensors = METHODS[name].fit(training)
-    tensors["minutes"] = torch.tensor((time.perf_counter() - start) / 60)
+    tensors = METHODS[name].fit(replace(training, folder=folder))
+    tensors["minutes"] = torch.tensor(minutes(folder))
     part = target.with_suffix(".part")
-    target.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
     part.replace(target)
+    shutil.rmtree(folder)
     return target.stem

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import toy
 from lohp_peft.adapters import AdapterLayout, CoreSpace
@@ -511,6 +511,52 @@ def test_every_method_gives_a_classifier(compare, scripts, subject, monkeypatch)
     diffused, tensors = states["weight_diffusion"] / setting.policy.scale, fitted["weight_diffusion"]
     latents = (diffused.flatten() - tensors["mean"]) @ tensors["basis"].T / tensors["spread"]
     assert 0 < float(latents.abs().max()) < 1.01 * methods.METHODS["weight_diffusion"].most  # trained or not
+
+
+TRAINED = "multi_task reptile family_specialists text_to_lora_sft text_to_lora_recon weight_diffusion local_denoising"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED.split())
+def test_a_stopped_training_ends_as_one_that_was_not(compare, scripts, subject, name, tmp_path, monkeypatch, capsys):
+    """Killed after every single thing it keeps, and started again by the same command."""
+    fitting = scripts("fitting")
+    unfinished, best = sys.modules["methods.unfinished"].Unfinished, sys.modules["methods.optimise"].Best
+
+    def size(self, states, episode, bank):
+        """The larger, the better: toy tasks are so easy that the start would be kept, whatever came after."""
+        return -states(self.training.features([episode], bank)).abs().mean()[None]
+
+    monkeypatch.setattr(best, "_loss", size)
+    budget, setting = fitting.Budget(10, 1, 5, 2, 20), fitting.load_setting(subject[1], subject[3])
+    names = [task.name for task in fitting.split_of("test").training_tasks()]
+    paths = torch.randn(8, 5, *setting.policy.space.shape).cumsum(1) * 0.1 * setting.policy.scale
+    monkeypatch.setattr(fitting, "recordings_of", lambda *_: ([names[i % 4] for i in range(8)], paths))
+    common = name, 1, "test", budget, (subject[1], subject[3], "cpu"), tmp_path
+    fitting.fit(*common, tmp_path / "whole.safetensors")
+    assert f"whole: {'review' if 'family' in name else 'training'} step" in capsys.readouterr().out
+    save = unfinished.save
+
+    def stop(self, step, **parts):
+        save(self, step, **parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(unfinished, "save", stop)
+    stops = 0
+    while not (tmp_path / "stopped.safetensors").exists():
+        try:
+            fitting.fit(*common, tmp_path / "stopped.safetensors")
+        except KeyboardInterrupt:
+            torch.rand(7)  # another process would have other random numbers
+            stops += 1
+            assert stops < 100, "it begins anew every time"
+    assert stops >= 3
+    assert sorted(file.name for file in tmp_path.iterdir() if "stop" in file.name) == ["stopped.safetensors"]
+    whole, stopped = (load_file(tmp_path / f"{which}.safetensors") for which in ("whole", "stopped"))
+    assert whole.keys() == stopped.keys()
+    for key in whole.keys() - {"minutes"}:
+        assert whole[key].equal(stopped[key]), key
+    assert "family" in name or whole["validation_loss"] < 0
 
 
 @pytest.mark.slow

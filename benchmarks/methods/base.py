@@ -4,7 +4,9 @@ A method has the same base model, weight space, support examples and closed-form
 (`fit`) gets the same training tasks, episodes and number of passes through the base model, and its tensors are saved.
 """
 
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -101,7 +103,8 @@ class Adapted:
 class Training:
     """What a trained method learns from.
 
-    `recordings` are the task of each recorded run and its adapters at the policy's knots, (runs, knots, modules, width).
+    `recordings` are the task of each recorded run and its adapters at the policy's knots, (runs, knots, modules, width). In
+    `folder` it is kept how far a training has come, so that one that was stopped can go on.
     """
 
     setting: Setting
@@ -113,6 +116,17 @@ class Training:
     batch_size: int = 6
     validate_every: int = 100
     recordings: tuple[list[str], Tensor] | None = None
+    folder: Path | None = None
+
+    def file(self, name: str) -> Path | None:
+        """Where a training loop of that name is kept; nowhere without a folder."""
+        return None if self.folder is None else self.folder / f"{name}.safetensors"
+
+    def report(self, name: str, step: int, steps: int, loss: float) -> None:
+        """Tell how far a training is that is kept; the loss is NaN where there is none."""
+        if self.folder is not None:
+            told = "" if math.isnan(loss) else f", validation loss {loss:.4f}"
+            print(f"{self.folder.stem}: {name} step {step} of {steps}{told}", flush=True)
 
     def episodes(self, generator: torch.Generator) -> list[Episode]:
         """The episodes of one training step."""

@@ -100,7 +100,9 @@ class SetFit(Method):
             encoder.tokenizer.save_pretrained(folder)
             body = Transformer(folder, max_seq_length=config.max_text_length)
             pooling = Pooling(encoder.base_model.config.hidden_size, pooling_mode="mean")
-            model = SetFitModel(SentenceTransformer(modules=[body, pooling], device="cpu"), LogisticRegression())
+            model = SetFitModel(
+                SentenceTransformer(modules=[body, pooling], device=str(encoder.device)), LogisticRegression()
+            )
             arguments = TrainingArguments(
                 output_dir=folder,
                 batch_size=16,
@@ -117,7 +119,7 @@ class SetFit(Method):
                 texts = [f"{a} {b}" for a, b in zip(texts, examples.texts_b, strict=True)]
             rows = Dataset.from_dict({"text": list(texts), "label": list(examples.labels)})
             trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(encoder.device.type, dtype=torch.bfloat16):
                 trainer.train_embeddings(list(texts), list(examples.labels), args=arguments)
         reading = {"pooling": config.pooling, "max_length": config.max_text_length}
         tuned = TextEncoder(body.auto_model, encoder.tokenizer, setting.policy.space, **reading)

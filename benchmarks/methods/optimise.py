@@ -2,13 +2,14 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lohp_peft.tasks import Episode, TaskBank, TaskFeatures
 from methods.base import Training
+from methods.unfinished import Unfinished, load_optimizer, optimizer_tensors
 
 States = Callable[[TaskFeatures], Tensor]
 
@@ -21,12 +22,13 @@ class Best:
         self.loss, self.tensors = math.inf, {}
 
     @torch.no_grad()
-    def see(self, tensors: dict[str, Tensor], states: States) -> None:
+    def see(self, tensors: dict[str, Tensor], states: States) -> float:
         """Keep a copy of `tensors` when the adapters `states` gives for features are better than the kept ones."""
         bank, episodes = self.training.validation
         loss = float(torch.cat([self._loss(states, episode, bank) for episode in episodes]).mean())
         if loss < self.loss:
             self.loss, self.tensors = loss, copy.deepcopy(tensors)
+        return loss
 
     def _loss(self, states: States, episode: Episode, bank: TaskBank) -> Tensor:
         return self.training.losses([episode], states(self.training.features([episode], bank)), bank)
@@ -34,6 +36,11 @@ class Best:
     def result(self) -> dict[str, Tensor]:
         """The kept tensors and their loss."""
         return {**self.tensors, "validation_loss": torch.tensor(self.loss)}
+
+    def load(self, result: Mapping[str, Tensor]) -> None:
+        """What `result` gave."""
+        self.tensors = dict(result)
+        self.loss = float(self.tensors.pop("validation_loss"))
 
 
 def optimise(
@@ -46,6 +53,7 @@ def optimise(
     weight_decay: float = 0.0,
     steps: int | None = None,
     validate: bool = True,
+    name: str = "training",
 ) -> dict[str, Tensor]:
     """Train `module` by AdamW and give its weights where it validates best.
 
@@ -56,19 +64,28 @@ def optimise(
         training: Tasks, episodes and budget.
         learning_rate: Its peak; warm-up over 20 steps (a fifth of a short run), then a cosine to 0.
         weight_decay: Of AdamW.
-        steps: Training steps, those of the budget by default; validated as often as the budget says.
+        steps: Training steps, those of the budget by default; validated, and kept, as often as the budget says.
         validate: Give the last weights instead, without `validation_loss`, where false.
+        name: Of this loop among those of its method.
     """
     steps = steps or training.steps
     warm_up = max(1, min(20, steps // 5))
     every = max(1, training.validate_every * steps // training.steps)
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(training.seed)
-    best = Best(training)
-    for step in range(steps + 1):
-        if validate and (step % every == 0 or step == steps):
+    best, unfinished = Best(training), Unfinished(training.file(name), generator)
+    first, kept = unfinished.load()
+    if kept:
+        module.load_state_dict(kept["module"])
+        load_optimizer(optimizer, kept.get("optimizer", {}))
+        best.load(kept["best"])
+    for step in range(first, steps + 1):
+        if (step % every == 0 or step == steps) and not (kept and step == first):
             module.eval()
-            best.see(module.state_dict(), states)
+            found = best.see(module.state_dict(), states) if validate else math.nan
+            parts = {"module": module.state_dict(), "optimizer": optimizer_tensors(optimizer), "best": best.result()}
+            unfinished.save(step, **parts)
+            training.report(name, step, steps, found)
         if step == steps:
             break
         module.train()

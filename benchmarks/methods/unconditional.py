@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lohp_peft.tasks import EpisodeSampler, leave_one_out_steps
 from methods.base import Method, Setting, Support, Training
 from methods.optimise import Best, optimise
+from methods.unfinished import Unfinished
 
 
 class OneState(nn.Module):
@@ -67,7 +68,8 @@ class FamilySpecialists(MultiTask):
         for family, labels in families.items():
             steps = max(1, round(share * len(labels) ** 0.5))
             sampler = EpisodeSampler(labels)
-            found[family] = one_adapter(training, sampler, self.learning_rate, steps=steps, validate=False)["state"]
+            options = {"steps": steps, "validate": False, "name": family}
+            found[family] = one_adapter(training, sampler, self.learning_rate, **options)["state"]
         return found
 
     def state(self, setting: Setting, tensors: dict[str, Tensor], support: Support) -> Tensor:
@@ -96,11 +98,18 @@ class Reptile(Method):
         scale = training.setting.policy.scale
         start = torch.zeros(tuple(training.setting.policy.space.shape))
         generator = torch.Generator().manual_seed(training.seed)
-        best = Best(training)
+        best, unfinished = Best(training), Unfinished(training.file("training"), generator)
+        first, kept = unfinished.load()
+        if kept:
+            start = kept["start"]["state"]
+            best.load(kept["best"])
         steps = max(1, training.steps // self.inner_steps)
-        for step in range(steps + 1):
-            if step % max(1, training.validate_every // self.inner_steps) == 0 or step == steps:
-                best.see({"state": start}, lambda f, x=start: (scale * x).expand(len(f.set), *x.shape))
+        every = max(1, training.validate_every // self.inner_steps)
+        for step in range(first, steps + 1):
+            if (step % every == 0 or step == steps) and not (kept and step == first):
+                found = best.see({"state": start}, lambda f, x=start: (scale * x).expand(len(f.set), *x.shape))
+                unfinished.save(step, start={"state": start}, best=best.result())
+                training.report("training", step, steps, found)
             if step == steps:
                 break
             moved = start.expand(training.batch_size, *start.shape).clone().requires_grad_(True)
