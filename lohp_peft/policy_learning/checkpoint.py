@@ -33,25 +33,36 @@ def write_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, 
 def read_checkpoint(
     folder: Path, config: Mapping[str, Any], data: Mapping[str, Any], device: str
 ) -> tuple[Groups, dict[str, Any]]:
-    """What `write_checkpoint` wrote.
+    """What `write_checkpoint` wrote; the settings may ask for more `training_steps` than it was made with.
 
     Raises:
         ValueError: When the checkpoint is damaged, or was made with other settings than `config` or from other `data`,
             naming all that differ with both values.
     """
-    record = {"data": {}, "events": {}, **read_json(folder / STATE_FILE)}  # earlier versions wrote none
+    record = {
+        "data": {},
+        "events": {},
+        "extended_at": [],
+        **read_json(folder / STATE_FILE),
+    }  # earlier versions wrote none
     rules = {"config": dict, "data": dict, "events": dict, "step": int, "file": str, "sha256": str, "best": list}
-    rules |= {"temperature": float, "reference_loss": float}
+    rules |= {"temperature": float, "reference_loss": float, "extended_at": list}
     wrong = [f"{name!r} is {record.get(name)!r}" for name, kind in rules.items() if type(record.get(name)) is not kind]
     if not wrong and [type(value) for value in record["best"]] != [float, int]:
         wrong.append(f"'best' is {record['best']!r}")
+    if not wrong and not all(type(step) is int for step in record["extended_at"]):
+        wrong.append(f"'extended_at' is {record['extended_at']!r}")
     if wrong:
         raise ValueError(_damaged(folder, f"in {STATE_FILE} {'; '.join(wrong)}"))
-    differ = _differences(record["config"], config) | _differences(record["data"], data)
+    changed = _differences(record["config"], config)
+    before, now = changed.get("training_steps", (None, None))
+    if type(before) is type(now) is int and before < now:
+        del changed["training_steps"]
+    differ = changed | _differences(record["data"], data)
     if differ:
         raise ValueError(
             f"The checkpoint in {folder} has other settings or was trained on other data, (checkpoint, now): {differ}. "
-            "Use a new folder, or what it was made with."
+            "Use a new folder, or what it was made with; only `training_steps` may grow."
         )
     if record["file"] != f"state-{record['step']}.safetensors":
         raise ValueError(_damaged(folder, f"of step {record['step']} it names the file {record['file']!r}"))

@@ -127,8 +127,8 @@ def train_policy(
         tasks: Training tasks; those with recordings are imitated, all give episodes.
         encoder: Encoder of the base model, in the weight space of the recordings.
         dataset: Recorded trajectories.
-        output_dir: Folder of the policy; `checkpoint/` inside it continues a run that was killed. It says what it was
-            trained on, and with anything else it is refused.
+        output_dir: Folder of the policy; `checkpoint/` inside it continues a run that was killed, or one that ended when
+            `training_steps` has grown since. It says what it was trained on, and with anything else it is refused.
         config: Settings.
         validation_tasks: Tasks for choosing among the validated states of the policy.
         accelerator: Mixed precision, device and processes; made from the settings when absent.
@@ -227,6 +227,7 @@ def train_policy(
             "settings": asdict(config),
             "best_training_step": trainer.best[1],
             "temperature": trainer.temperature,
+            **({"extended_at_training_step": trainer.extended_at} if trainer.extended_at else {}),
             **(provenance or {}),
         }
         if accelerator.is_main_process:

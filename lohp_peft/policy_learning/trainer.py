@@ -94,6 +94,7 @@ class LoHpTrainer:
         self.on_policy = OnPolicy(self.policy, bank, self.recordings, sampler, config)
         self.buffer = ReplayBuffer(config.buffer_size)
         self.step, self.best = 0, (math.inf, -1)
+        self.extended_at: list[int] = []  # steps of the hybrid phase at which it was given more of them
         self.total_steps = config.cloning_steps + config.hybrid_steps
         network = self.policy.forward_network
         groups = [
@@ -112,7 +113,8 @@ class LoHpTrainer:
     def train(self, folder: Path | None = None) -> LoHpPolicy:
         """Run to the end, from the checkpoint in `folder` when there is one, and load the best validated weights.
 
-        A run that a callback stopped, as at the end of the time it was given, goes on where it stopped.
+        A run that a callback stopped, as at the end of the time it was given, goes on where it stopped. One that ended goes
+        on when `training_steps` is larger now, at the learning rates of the longer run (Ours: as the `Trainer` does).
 
         Returns:
             The policy that was given, with these weights.
@@ -331,14 +333,15 @@ class LoHpTrainer:
             return
         record = {"best": list(self.best), "temperature": self.temperature, "reference_loss": self.reference_loss}
         record |= {"config": asdict(self.config), "data": self.data, "events": self.events.record()}
+        record["extended_at"] = self.extended_at
         write_checkpoint(folder, self.step, groups, record)
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote into `folder`.
 
         Raises:
-            ValueError: When the checkpoint is damaged, or was made with other settings, from other data or for another
-                policy, naming both sides.
+            ValueError: When the checkpoint is damaged, or was made with other settings but for fewer `training_steps`, from
+                other data or for another policy, naming both sides.
         """
         groups, record = read_checkpoint(folder, asdict(self.config), self.data, str(self.accelerator.device))
         clones = {"best", "reference"} if self.config.reference == "clone" else {"best"}
@@ -352,6 +355,10 @@ class LoHpTrainer:
         load_optimizer(self.optimizer, groups.get("optimizer", {}))
         self.step, self.temperature = record["step"], record["temperature"]
         self.best, self.reference_loss = (record["best"][0], int(record["best"][1])), record["reference_loss"]
+        longer = (
+            self.config.training_steps > record["config"]["training_steps"] and self.step > self.config.cloning_steps
+        )
+        self.extended_at = [*record["extended_at"], *([self.step] if longer else [])]
         self.events.restore(record["events"])
         if self.best_weights:
             self.events.best(self.best)

@@ -199,6 +199,16 @@ def test_a_finished_training_is_said_to_be_and_shows_its_validations(encoder, da
     assert str(tmp_path / "policy") in tables[0]
 
 
+def test_a_finished_training_goes_on_for_more_steps_and_says_so(encoder, dataset, tmp_path):
+    for training_steps, recorded in ((2, None), (4, [4]), (4, [4])):
+        console = Console(file=io.StringIO(), width=200)
+        config = tiny_config(cloning_steps=2, training_steps=training_steps)
+        policy = train_policy(TASKS, encoder, dataset, tmp_path / "policy", config, console=console)
+        assert policy.config.provenance.get("extended_at_training_step") == recorded
+        assert policy.config.provenance["settings"]["training_steps"] == training_steps
+        assert f"{2 + training_steps}/{2 + training_steps}" in console.file.getvalue()
+
+
 def test_infinite_settings_come_back_from_the_record(encoder, dataset, tmp_path):
     train(encoder, dataset, tmp_path / "policy", {"refresh_kl": math.inf, "subtb_lambda": math.inf})
     settings = LoHpPolicy.from_pretrained(tmp_path / "policy").config.provenance["settings"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from lohp_peft.policy import rollout
 from lohp_peft.policy_learning import on_policy as on_policy_module
@@ -62,12 +63,50 @@ def test_a_checkpoint_is_safetensors_and_json_and_the_latest_only(build_trainer,
 
 
 def test_a_checkpoint_with_other_settings_is_refused(build_trainer, tmp_path):
-    build_trainer(training_steps=0).train(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"\(checkpoint, now\): {'training_steps': \(0, 5\), 'kl_target': \(3.0, 1.0\)}"
-    ):
-        build_trainer(kl_target=1.0).train(tmp_path)
-    assert json.loads((tmp_path / "state.json").read_text())["step"] == 3
+    build_trainer().train(tmp_path)
+    found = r"\(checkpoint, now\): {'training_steps': \(5, 4\), 'kl_target': \(3.0, 1.0\)}.*`training_steps` may grow"
+    with pytest.raises(ValueError, match=found):
+        build_trainer(training_steps=4, kl_target=1.0).train(tmp_path)
+    with pytest.raises(ValueError, match=r"\(checkpoint, now\): {'kl_target': \(3.0, 1.0\)}"):
+        build_trainer(training_steps=6, kl_target=1.0).train(tmp_path)
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 8
+
+
+def test_a_run_that_ended_goes_on_for_more_steps(build_trainer, tmp_path):
+    """From its last weights and moments, at the learning rates of the longer run; what validated best stays known."""
+    short = build_trainer(validate=True, training_steps=2)
+    before = run(short, tmp_path)
+    assert not short.extended_at
+    for total, expected in ((5, [5]), (7, [5, 8])):
+        trainer = build_trainer(validate=True, training_steps=total)
+        trainer.load(tmp_path)
+        kept = load_file(tmp_path / f"state-{expected[-1]}.safetensors")
+        assert_same_weights(
+            trainer.policy.state_dict(), {n[7:]: x for n, x in kept.items() if n.startswith("policy.")}
+        )
+        found = run(trainer, tmp_path)
+        assert list(found) == list(range(expected[-1] + 1, 3 + total + 1))
+        assert trainer.extended_at == expected
+        before |= found
+        assert trainer.best[0] == min(s["validation_loss"] for s in before.values() if "validation_loss" in s)
+    again = build_trainer(validate=True, training_steps=7)
+    assert not run(again, tmp_path)
+    assert again.extended_at == [5, 8]
+
+
+def test_more_steps_asked_for_while_it_clones_are_as_if_asked_for_before(build_trainer, tmp_path):
+    whole, longer = build_trainer(), build_trainer()
+    expected = run(whole)
+
+    def kill(step, _scalars):
+        if step == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        build_trainer(training_steps=2, options={"log": kill}).train(tmp_path)
+    assert run(longer, tmp_path)[8] == expected[8]
+    assert not longer.extended_at
+    assert_same_weights(longer.policy.state_dict(), whole.policy.state_dict())
 
 
 @pytest.mark.parametrize(
