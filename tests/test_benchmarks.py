@@ -390,7 +390,16 @@ def test_compare(compare, scripts, subject, tmp_path, capsys):
 def test_compare_on_a_gpu(compare, subject, tmp_path):
     """With the base model there the scores are those of the CPU, whatever a method keeps where."""
     methods = ["none", "none_linear_probe", "mean", "nearest", "best_by_support_loss", "adamw_10", "multi_task"]
-    methods += ["lorahub", "eva_80", "reptile_5", "text_to_lora_sft", "multi_task_steps", "ours_raw", "ours", "ours_steps"]
+    methods += [
+        "lorahub",
+        "eva_80",
+        "reptile_5",
+        "text_to_lora_sft",
+        "multi_task_steps",
+        "ours_raw",
+        "ours",
+        "ours_steps",
+    ]
     line = [*subject, *COMPARE, "--steps", "2", "--episodes", "1", "--validation-episodes", "2", "--methods", *methods]
     found = {}
     for device in ("cpu", "cuda"):
