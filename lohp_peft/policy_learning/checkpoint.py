@@ -35,6 +35,8 @@ def read_checkpoint(
 ) -> tuple[Groups, dict[str, Any]]:
     """What `write_checkpoint` wrote; the settings may ask for more `training_steps` than it was made with.
 
+    At which step of the hybrid phase they did is added to `extended_at` of the record.
+
     Raises:
         ValueError: When the checkpoint is damaged, or was made with other settings than `config` or from other `data`,
             naming all that differ with both values.
@@ -58,6 +60,8 @@ def read_checkpoint(
     before, now = changed.get("training_steps", (None, None))
     if type(before) is type(now) is int and before < now:
         del changed["training_steps"]
+        if record["step"] > config["cloning_steps"]:
+            record["extended_at"] = [*record["extended_at"], record["step"]]
     differ = changed | _differences(record["data"], data)
     if differ:
         raise ValueError(

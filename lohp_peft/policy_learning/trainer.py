@@ -355,10 +355,7 @@ class LoHpTrainer:
         load_optimizer(self.optimizer, groups.get("optimizer", {}))
         self.step, self.temperature = record["step"], record["temperature"]
         self.best, self.reference_loss = (record["best"][0], int(record["best"][1])), record["reference_loss"]
-        longer = (
-            self.config.training_steps > record["config"]["training_steps"] and self.step > self.config.cloning_steps
-        )
-        self.extended_at = [*record["extended_at"], *([self.step] if longer else [])]
+        self.extended_at = record["extended_at"]
         self.events.restore(record["events"])
         if self.best_weights:
             self.events.best(self.best)
