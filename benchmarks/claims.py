@@ -48,7 +48,8 @@ def comparison(compare: Result, few_shot: Result) -> list[str]:
         )
     ]
     few, many = ({name: percent(row["accuracy"]) for name, row in compare["shots"][n].items()} for n in ("4", "64"))
-    behind_few = compare["shots"]["4"]["multi_task_steps"]["ours_steps_minus_it"]
+    few_steps = compare["shots"]["4"]
+    behind_few = few_steps["multi_task_steps"]["ours_steps_minus_it"]
     shuffled = shots["ours_raw"]["accuracy"] - shots["ours_raw | shuffled_labels"]["accuracy"]
     return [
         f"level with it ({signed(minus['multi_task']['mean'])}, 95 % interval {_ends(minus['multi_task'])}, better on "
@@ -61,7 +62,8 @@ def comparison(compare: Result, few_shot: Result) -> list[str]:
         f"{_mean(of['adamw_80'], reviews)}.",
         f"give {_range(gains.values())} points on question types and the fine topics of stackoverflow20; the multi-task adapter "
         f"gains by the same steps, to {accuracy['multi_task_steps']}, but with 4 examples a class stays {percent(behind_few['mean'])} "
-        f"behind ({_ends(behind_few)}).",
+        f"behind ({_ends(behind_few)}; {WORDS[few_steps['multi_task_steps']['seeds']]} training seeds, ours "
+        f"{WORDS[few_steps['ours_steps']['seeds']]}).",
         f"With 4 examples a class they have {few['ours']} ({few['adamw_80']} for AdamW's 80 steps, {few['multi_task']} for the "
         f"multi-task adapter, {few['none']} for none), with 64 {many['ours']} ({many['adamw_80']}, {many['multi_task']} and "
         f"{many['none']}; AdamW from EVA's start {many['eva_80']}, on one draw).",
