@@ -149,7 +149,7 @@ def test_a_merged_adapter_is_refused_and_stays_merged(bert, policy, tokenizer):
 
 def test_the_padding_side_of_the_tokenizer_does_not_count(tokenizer):
     """GPT-2 numbers positions from the left: its features would depend on the padding."""
-    size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": len(WORDS)}
+    size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": len(WORDS)}
     config = GPT2Config(**size, pad_token_id=0, bos_token_id=2, eos_token_id=3, num_labels=2, initializer_range=0.3)
     model = get_peft_model(
         GPT2ForSequenceClassification(config).eval(),

@@ -36,7 +36,7 @@ def build_base_model(layers=2):
         num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=16,
-        max_position_embeddings=32,
+        max_position_embeddings=128,
         initializer_range=0.3,
     )
     return BertModel(config).eval()

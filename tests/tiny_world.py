@@ -38,7 +38,7 @@ def build_bert(cls=BertModel, **changes):
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=24,
-        max_position_embeddings=32,
+        max_position_embeddings=128,
         initializer_range=0.3,
         **changes,
     )
@@ -59,7 +59,7 @@ def build_llama(cls=LlamaForCausalLM, **changes):
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=24,
-        max_position_embeddings=32,
+        max_position_embeddings=128,
         initializer_range=0.3,
         pad_token_id=0,
         **changes,

@@ -41,10 +41,17 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1, which PyYAML reads, takes 1e-3 for text because it has no point.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+# YAML 1.1, which PyYAML reads, takes 1e-3 for text because it has no point, 010 for eight and 1:30 for ninety.
+_NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)$",
+    "float": r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$",
+}
+_UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in _NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern in _NUMBERS.items():
+    _UniqueKeyLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+.0123456789"))
 
 
 def read_config(
@@ -73,7 +80,9 @@ def read_config(
             problems.append(f"`{key}` is given more than once")
             continue
         seen.add(key)
-        _insert(values, key.split("."), text, key, problems)
+        _insert(values, key.split("."), text)
+    both = sorted(key for key in seen if any(other.startswith(f"{key}.") for other in seen))
+    problems += [f"`{key}` is given as a whole and in parts" for key in both]
     config = _construct(cls, values, "", problems)
     if problems:
         raise ValueError(f"{cls.__name__}: " + "; ".join(problems) + ".")
@@ -93,7 +102,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"Configuration {path} must be a mapping of field names to values, got {type(values).__name__}."
         )
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+    named = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if len(named) < len(values):
+        twice = sorted(key for key in named if sum(str(k).replace("-", "_") == key for k in values) > 1)
+        raise ValueError(f"Configuration {path} gives {', '.join(f'`{key}`' for key in twice)} more than once.")
+    return named
 
 
 def _parse_yaml(text: str) -> Any:
@@ -132,13 +145,11 @@ def _assignments(sets: Sequence[str], problems: list[str]) -> list[tuple[str, _T
     return pairs
 
 
-def _insert(values: dict[str, Any], path: list[str], text: _Text, key: str, problems: list[str]) -> None:
+def _insert(values: dict[str, Any], path: list[str], text: _Text) -> None:
     for part in path[:-1]:
         inner = values.get(part)
         values[part] = inner = dict(inner) if isinstance(inner, Mapping) else {}
         values = inner
-    if isinstance(values.get(path[-1]), Mapping) and any(isinstance(v, _Text) for v in values[path[-1]].values()):
-        problems.append(f"`{key}` is given as a whole and in parts")
     values[path[-1]] = text
 
 

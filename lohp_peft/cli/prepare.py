@@ -7,7 +7,14 @@ import typer
 from rich.console import Console
 
 from lohp_peft.cli.overrides import read_config
-from lohp_peft.cli.resources import load_base_model, load_space, load_tasks, on_accelerator, write_json
+from lohp_peft.cli.resources import (
+    check_folder_to_continue,
+    load_base_model,
+    load_space,
+    load_tasks,
+    on_accelerator,
+    write_json,
+)
 
 
 def prepare(
@@ -48,6 +55,7 @@ def prepare(
     if bases not in ("gradients", "base-weights"):
         raise ValueError(f"`--bases` must be gradients or base-weights, got {bases!r}.")
     settings = read_config(WeightPreparationConfig, config, ctx.args, sets or ())
+    check_folder_to_continue(output)
     tasks = load_tasks(task)
     model, tokenizer = load_base_model(base_model)
     from_gradients = space == "core" and bases == "gradients"

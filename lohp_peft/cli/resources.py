@@ -1,6 +1,7 @@
 """What the verbs read: base models, policies, tasks; and how they write JSON."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
@@ -172,6 +173,16 @@ def check_target(target: Path | None) -> None:
         raise ValueError(f"`--json` must be a file that can be written, or `-`, got {target}.")
 
 
+def check_folder_to_continue(target: Path) -> None:
+    """Make sure, before work that takes long, that a folder can be made at `target`, or is there and can be written.
+
+    Raises:
+        ValueError: When it is a file or cannot be written.
+    """
+    if target.exists() and not target.is_dir() or not _can_be_written(target):
+        raise ValueError(f"`--output` must be a folder that can be written, got {target}.")
+
+
 def check_new_folder(target: Path) -> None:
     """Make sure, before work that takes long, that a folder can be made at `target`, or is there and empty.
 
@@ -181,8 +192,7 @@ def check_new_folder(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         what = "has content" if target.is_dir() else "is a file"
         raise ValueError(f"`--output` must be an empty or a new folder, got {target}, which {what}.")
-    if not _can_be_written(target):
-        raise ValueError(f"`--output` must be a folder that can be written, got {target}.")
+    check_folder_to_continue(target)
 
 
 def _can_be_written(target: Path) -> bool:
@@ -192,13 +202,22 @@ def _can_be_written(target: Path) -> bool:
 
 
 def write_json(content: Any, target: Path | None = None) -> None:
-    """Write JSON to a file, or to standard output when there is none or it is `-`."""
-    text = json.dumps(content, indent=2, default=_plain)
+    """Write JSON to a file, or to standard output when there is none or it is `-`; what is not finite is null there."""
+    text = json.dumps(_finite(json.loads(json.dumps(content, default=_plain))), indent=2, allow_nan=False)
     if target is None or str(target) == "-":
         typer.echo(text)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON values with `None` for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

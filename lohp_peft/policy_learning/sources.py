@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lohp_peft.files import sha256
-from lohp_peft.tasks import Task, TextEncoder, task_fingerprint
+from lohp_peft.tasks import Task, TextEncoder, rows_at_hand, task_fingerprint
 from lohp_peft.trajectories import TrajectoryDataset
 
 
@@ -19,7 +19,8 @@ def check_sources(tasks: Sequence[Task], dataset: TrajectoryDataset, validation_
         validation_tasks: Tasks that choose among the validated policies.
 
     Raises:
-        ValueError: Listing every name that two tasks have, and every recorded task that is missing.
+        ValueError: Listing every name that two tasks have, every recorded task that is missing, or every one that has other
+            rows than those it was recorded on.
     """
     names, chosen = [task.name for task in tasks], [task.name for task in validation_tasks]
     problems = [
@@ -40,6 +41,7 @@ def check_sources(tasks: Sequence[Task], dataset: TrajectoryDataset, validation_
             f"The trajectories and the training tasks must belong together: recordings of {strangers or 'no task'} "
             f"have no task among the {len(names)} given. Pass the tasks that were recorded."
         )
+    dataset.check_rows(rows_at_hand(tasks))
 
 
 def sources_record(

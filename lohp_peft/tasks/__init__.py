@@ -5,6 +5,8 @@ from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
 from lohp_peft.tasks.features import TaskFeatures, TextStatistics, fit_reference, task_features
 from lohp_peft.tasks.fingerprint import (
     reading_fingerprint,
+    rows_at_hand,
+    rows_fingerprint,
     task_fingerprint,
     tokenizer_fingerprint,
     tokenizer_problems,
@@ -36,6 +38,8 @@ __all__ = [
     "leave_one_out_loss",
     "leave_one_out_steps",
     "reading_fingerprint",
+    "rows_at_hand",
+    "rows_fingerprint",
     "solve_head",
     "task_features",
     "task_fingerprint",

@@ -33,13 +33,13 @@ class TaskBank:
         self.tasks: dict[str, Task] = {}
 
     def add(self, task: Task, split: str = "train") -> None:
-        """Encode up to `rows_per_task` rows of one split, at least 12 a class.
+        """Encode up to `rows_per_task` rows of one split, at least 12 a class; rows that repeat others count once.
 
         Args:
             task: A task with a name of its own.
             split: The split.
         """
-        examples = task.split(split)
+        examples = task.split(split).distinct()  # a query row must not lie in the support set too
         examples = draw(examples, max(self.rows_per_task // examples.n_classes, 12), self.seed)
         encoded = self.encoder.prepare(examples.texts, examples.texts_b)
         self.statistics[task.name] = self.encoder.statistics(encoded)

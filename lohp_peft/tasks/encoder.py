@@ -20,7 +20,7 @@ from lohp_peft.adapters.space import WeightSpace
 from lohp_peft.tasks.features import TextStatistics
 from lohp_peft.tasks.fingerprint import tokenizer_fingerprint
 from lohp_peft.tasks.reading import tokenize
-from lohp_peft.tasks.requirements import LayerCalls, check_base_model, check_inputs
+from lohp_peft.tasks.requirements import LayerCalls, check_base_model, check_inputs, check_length, check_tokens
 
 POOLINGS = ("mean", "first", "last")
 LEAST_CHUNK = 8
@@ -107,7 +107,7 @@ class TextEncoder:
 
     Raises:
         ValueError: When `pooling` is unknown, a module of the space is not in the model or reads something else than
-            the tokens of the texts, or the model does not read texts.
+            the tokens of the texts, or the model does not read texts, or none as long as `max_length`.
     """
 
     def __init__(
@@ -123,10 +123,11 @@ class TextEncoder:
     ) -> None:
         if pooling not in POOLINGS:
             raise ValueError(f"`pooling` must be one of {list(POOLINGS)}, got {pooling!r}.")
-        if max_length < 1 or batch_size < 1:
-            raise ValueError(f"`max_length` and `batch_size` must be at least 1, got {max_length} and {batch_size}.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         self.base_model, self.tokenizer, self.space = base_of(base_model), tokenizer, space
         check_base_model(self.base_model, tokenizer)
+        check_length(self.base_model, tokenizer, max_length)
         space.layout.check_fits(base_model)
         self.pooling, self.max_length, self.batch_size, self.dtype = pooling, max_length, batch_size, dtype
         self.layers, self.first_layer = self._find_layers()
@@ -223,7 +224,8 @@ class TextEncoder:
             The texts as `embed` and `statistics` take them.
 
         Raises:
-            ValueError: When there are no texts, or texts without a token, naming their rows.
+            ValueError: When there are no texts, or texts without a token, naming their rows, or with one that the base model
+                does not know.
         """
         if not len(texts):
             raise ValueError("`texts` must hold at least one text, got none.")
@@ -254,7 +256,11 @@ class TextEncoder:
         return EncodedTexts(hidden, encoded.attention_mask, encoded.token_ids, encoded.token_types)
 
     def _tokenize(self, texts: Sequence[str], texts_b: Sequence[str] | None = None) -> EncodedTexts:
-        batch = tokenize(self.tokenizer, texts, texts_b, self.max_length).to(self.device)
+        if texts_b is not None:
+            check_length(self.base_model, self.tokenizer, self.max_length, pairs=True)
+        batch = tokenize(self.tokenizer, texts, texts_b, self.max_length)
+        check_tokens(self.base_model, batch["input_ids"])
+        batch = batch.to(self.device)
         empty = (batch["attention_mask"].sum(-1) == 0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(f"Every text needs at least one token, but {len(empty)} have none: rows {empty[:20]}.")

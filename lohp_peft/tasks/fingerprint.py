@@ -1,11 +1,12 @@
 """Digests of tokenizers and tasks, by which another one is recognised."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from weakref import WeakKeyDictionary
 
 from lohp_peft.files import sha256
-from lohp_peft.tasks.task import Task
+from lohp_peft.tasks.task import Examples, Task
 
 PROBE = "The café, in 1942: GREAT 'Coffee'!"
 _FINGERPRINTS: WeakKeyDictionary = WeakKeyDictionary()
@@ -18,7 +19,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
     """
     size, found = _FINGERPRINTS.get(tokenizer, (None, ""))
     if size != len(tokenizer):
-        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
         found = sha256(json.dumps(vocabulary).encode())
         _FINGERPRINTS[tokenizer] = len(tokenizer), found
     return found
@@ -62,3 +63,23 @@ def task_fingerprint(task: Task) -> str:
     """
     content = {"examples": asdict(task.examples), "splits": task.splits, "family": task.family}
     return sha256(json.dumps(content).encode())
+
+
+def rows_fingerprint(examples: Examples) -> str:
+    """The SHA-256 of `examples` in order: their texts and class indices. Names of classes do not count."""
+    return sha256(json.dumps([examples.texts, examples.texts_b, examples.labels]).encode())
+
+
+def rows_at_hand(tasks: Sequence[Task]) -> Callable[[str, str], str | None]:
+    """Which rows the `tasks` have, as `TrajectoryDataset.check_rows` asks.
+
+    Returns:
+        A function from the names of a task and of a split to `rows_fingerprint` of its rows, `None` where there are none.
+    """
+    named = {task.name: task for task in tasks}
+
+    def fingerprint_of(name: str, split: str) -> str | None:
+        task = named.get(name)
+        return None if task is None or split not in task.splits else rows_fingerprint(task.split(split))
+
+    return fingerprint_of

@@ -117,7 +117,7 @@ def verified_steps(
             continue
         change = torch.cat([losses(embed(end), k) - losses(before, k) for k, end in enumerate(ends)])
         mean, error = float(change.mean()), float(change.std() / len(change) ** 0.5)
-        if best.steps and mean >= best.change[0]:
+        if best.steps and not mean < best.change[0]:  # nor where it is NaN
             break
         best = VerifiedSteps(ends.mean(0), (mean, error), step, best.confirmed or mean + margin * error < 0)
         if not best.confirmed:

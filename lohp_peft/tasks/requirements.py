@@ -1,5 +1,6 @@
 """What a base model must be so that `TextEncoder` can read and adapt it; found out before any work."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lohp_peft.adapters.layout import unloaded
+
+POSITIONS = re.compile(r"(^|\.)(position_embeddings?|embed_positions|wpe)$")
+"""Names of tables of learned positions in the models of transformers."""
 
 
 def check_base_model(model: nn.Module, tokenizer: Any = None) -> None:
@@ -40,6 +44,50 @@ def check_base_model(model: nn.Module, tokenizer: Any = None) -> None:
         problems.append("its tokenizer has no padding token; set `tokenizer.pad_token = tokenizer.eos_token`")
     if problems:
         raise ValueError(f"{type(model).__name__} cannot be read as texts are: " + "; ".join(problems) + ".")
+
+
+def check_length(model: nn.Module, tokenizer: Any, max_length: int, *, pairs: bool = False) -> None:
+    """Refuse a length of texts that the model has no positions for, or that special tokens alone fill.
+
+    Args:
+        model: A base model.
+        tokenizer: Its tokenizer.
+        max_length: Longest text, in tokens.
+        pairs: Whether texts are pairs.
+
+    Raises:
+        ValueError: Naming both numbers.
+    """
+    tables = [m for name, m in model.named_modules() if POSITIONS.search(name) and isinstance(m, nn.Embedding)]
+    most = [m.num_embeddings - (0 if m.padding_idx is None else m.padding_idx + 1) for m in tables]
+    if tables and (said := getattr(getattr(model, "config", None), "max_position_embeddings", None)):
+        most.append(said)  # some tables have rows in front
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
+    if most and max_length > min(most):
+        raise ValueError(
+            f"`max_length` must be at most {min(most)}, the positions of the base model, got {max_length}."
+        )
+    if max_length <= special:
+        kind = "pair of texts" if pairs else "text"
+        raise ValueError(f"`max_length` must be above the {special} special tokens of a {kind}, got {max_length}.")
+
+
+def check_tokens(model: nn.Module, ids: Tensor) -> None:
+    """Refuse tokens that the model has no embeddings of.
+
+    Args:
+        model: A base model.
+        ids: Token ids.
+
+    Raises:
+        ValueError: Naming the highest token and the number of embeddings.
+    """
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if rows is not None and (highest := int(ids.max())) >= rows:
+        raise ValueError(
+            f"The tokenizer gives token {highest}, but {type(model).__name__} has embeddings of {rows} tokens. Use the tokenizer "
+            "that belongs to it, or call `resize_token_embeddings(len(tokenizer))` on the model."
+        )
 
 
 def give_padding(tokenizer: Any) -> Any:

@@ -53,6 +53,7 @@ class Examples:
         kinds = sorted({type(y).__name__ for y in self.labels if not isinstance(y, Integral)})
         if kinds:
             raise ValueError(f"Labels must be class indices, ints, got {', '.join(kinds)}.")
+        object.__setattr__(self, "labels", tuple(map(int, self.labels)))  # numpy's integers have no JSON
         bad = sorted({y for y in self.labels if not 0 <= y < len(self.label_names)})
         if bad:
             raise ValueError(
@@ -84,10 +85,15 @@ class Examples:
         """What is read of every row: its text and, of a pair, the second one."""
         return list(zip(self.texts, self.texts_b or [None] * len(self), strict=True))
 
-    def distinct(self) -> "Examples":
-        """Every row once: of rows with the same texts and the same label the first."""
+    def distinct_rows(self) -> list[int]:
+        """The sorted positions of every row once: of rows with the same texts and the same label the first."""
         first = {row: i for i, row in reversed(list(enumerate(zip(self.read(), self.labels, strict=True))))}
-        return self if len(first) == len(self) else self.select(sorted(first.values()))
+        return sorted(first.values())
+
+    def distinct(self) -> "Examples":
+        """The rows at `distinct_rows`."""
+        rows = self.distinct_rows()
+        return self if len(rows) == len(self) else self.select(rows)
 
     def with_labels(self, labels: Sequence[int], label_names: Sequence[str] | None = None) -> "Examples":
         """The same texts under other labels.

@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lohp_peft.hub import PushReport, find_trajectories, push_folder
 from lohp_peft.trajectories.manifest import (
     MANIFEST_NAME,
     READING_KEY,
+    ROWS_KEYS,
     SHARD_FOLDER,
     SPACE_NAME,
     Manifest,
@@ -291,6 +292,28 @@ class TrajectoryDataset:
             problems += [f"{n} of texts: recorded with {before.get(n)!r}, got {reading.get(n)!r}" for n in names]
         if problems:
             raise ValueError(f"{self.folder} does not fit: " + "; ".join(problems) + ".")
+
+    def check_rows(self, fingerprint_of: Callable[[str, str], str | None]) -> None:
+        """Make sure that tasks have the rows that they were recorded on, where the dataset says which those were.
+
+        Args:
+            fingerprint_of: From the names of a task and of a split to the fingerprint of its rows at hand, `None` where there
+                are none; see `tasks.rows_at_hand`.
+
+        Raises:
+            ValueError: Listing every task that has other rows, both sides named.
+        """
+        problems = {}
+        for entry in self.manifest.shards.values():
+            split, before = (str(entry.metadata.get(key, "")) for key in ROWS_KEYS)
+            for name in dict.fromkeys(str(run["task"]) for run in entry.trajectories) if before else ():
+                if (now := fingerprint_of(name, split)) not in (None, before):
+                    problems[name] = f"{name!r} was recorded on {before[:12]}... in split {split!r}, got {now[:12]}..."
+        if problems:
+            raise ValueError(
+                f"The rows of these tasks are others than those recorded in {self.folder}: {'; '.join(problems.values())}. Give "
+                "them the rows of then, or record them under another name or in another folder."
+            )
 
     def _read(self, key: str) -> list[Trajectory]:
         entry = self.manifest.shards[key]

@@ -15,6 +15,8 @@ SHARD_FOLDER = "shards"
 SPACE_NAME = "weight_space.safetensors"
 READING_KEY = "reading"
 """Entry of the metadata that says how the texts were read that states were scored on: `TextEncoder.reading`."""
+ROWS_KEYS = ("split", "rows_sha256")
+"""Entries of a shard's metadata that say which rows a task had: the split, and `tasks.rows_fingerprint` of it."""
 
 
 @dataclass(frozen=True)

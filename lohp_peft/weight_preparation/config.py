@@ -1,13 +1,14 @@
 """Configuration of weight preparation."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
 
-from lohp_peft.fields import document_fields
+from lohp_peft.fields import document_fields, take_whole_numbers
 from lohp_peft.tasks.heads import HEADS
 from lohp_peft.weight_preparation.optimizers import build_optimizer, hyperparameters
 
@@ -20,7 +21,8 @@ class WeightPreparationConfig:
     Defaults are Ours unless said otherwise: runs that are still descending when they end, at seconds a run on one core.
 
     Raises:
-        ValueError: Listing every value out of range.
+        TypeError: Listing every field of another type.
+        ValueError: Listing every value out of range, or every one that is no whole number.
     """
 
     optimizers: tuple[str, ...] = field(
@@ -46,6 +48,8 @@ class WeightPreparationConfig:
     )
 
     def __post_init__(self) -> None:
+        take_whole_numbers(self)
+        self._take_lists()
         least = {
             "optimizer_steps": 1,
             "record_every": 1,
@@ -86,6 +90,26 @@ class WeightPreparationConfig:
                 problems.append(f"optimizer {name!r} cannot be built with {dict(given)}: {error}")
         if problems:
             raise ValueError("Weight preparation: " + "; ".join(problems) + ".")
+
+    def _take_lists(self) -> None:
+        """Tuples and dicts of what was given for them, seeds as Python's ints."""
+        wanted = {"optimizers": "names", "seeds": "whole numbers", "hyperparameters": "optimizer names to mappings"}
+        wrong = {}
+        for name in ("optimizers", "seeds"):
+            value = getattr(self, name)
+            entry = Integral if name == "seeds" else str
+            listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+            values = tuple(value) if listed else ()
+            if not listed or not all(isinstance(x, entry) and not isinstance(x, bool) for x in values):
+                wrong[name] = value
+            else:
+                object.__setattr__(self, name, tuple(map(int, values)) if name == "seeds" else values)
+        given = self.hyperparameters
+        if not isinstance(given, Mapping) or not all(isinstance(x, Mapping | None) for x in given.values()):
+            wrong["hyperparameters"] = given
+        if wrong:
+            problems = [f"`{name}` must hold {wanted[name]}, got {value!r}" for name, value in wrong.items()]
+            raise TypeError(f"Weight preparation: {'; '.join(problems)}.")
 
     @property
     def states_per_run(self) -> int:

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from lohp_peft.adapters.layout import AdapterLayout, base_model_fingerprint
 from lohp_peft.adapters.space import Adapter, WeightSpace
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
+from lohp_peft.tasks.fingerprint import rows_at_hand
 from lohp_peft.tasks.task import Task
 from lohp_peft.trajectories import Trajectory, TrajectoryDataset
 from lohp_peft.trajectories.importing import project_checkpoints
@@ -108,14 +109,16 @@ def import_runs(
         A report a run.
 
     Raises:
-        ValueError: When a share is out of range, a run's task is missing or has too few rows, or a run or the dataset does
-            not fit the weight space or, of texts, the encoder's reading, listing all.
+        ValueError: When a share is out of range, a run's task is missing or has too few rows or others than when it was
+            imported, or a run or the dataset does not fit the weight space or, of texts, the encoder's reading, listing all.
     """
     wrong = [f"`{n}`={x}" for n, x in {"min_energy": min_energy, "min_gain": min_gain}.items() if not 0 <= x <= 1]
     if wrong:
         raise ValueError(f"The shares that an imported run must keep lie in 0..1, got {', '.join(wrong)}.")
     console = console or Console(stderr=True)
     dataset = _existing(Path(output_dir), encoder)
+    if dataset is not None:
+        dataset.check_rows(rows_at_hand(tasks))
     config = _scoring(dataset, config)
     _check_all(runs, tasks, encoder.space)
     chosen = select_all_rows([task for task in tasks if any(run.task == task.name for run in runs)], config)
@@ -135,7 +138,7 @@ def import_runs(
         reports.append(report)
         if report.refused is None and not dry_run:
             dataset = dataset or _create(Path(output_dir), encoder, config)
-            dataset.append(run.key, [trajectory], metadata=rows.score_rows())
+            dataset.append(run.key, [trajectory], metadata=rows.to_metadata())
     console.print(report_table(reports))
     return reports
 
@@ -228,7 +231,10 @@ def _report(run: CheckpointRun, trajectory: Trajectory, *, imported_before: bool
 def _judged(report: ImportReport, min_energy: float, min_gain: float) -> ImportReport:
     """The report with the reasons against the run."""
     problems = []
-    if (least := min(report.energy_kept)) < min_energy:
+    unknown = [s for s, x in zip(report.optimizer_steps, report.energy_kept, strict=True) if not math.isfinite(x)]
+    if unknown:
+        problems.append(f"the energy of checkpoints {unknown} is not finite")
+    elif (least := min(report.energy_kept)) < min_energy:
         step = report.optimizer_steps[report.energy_kept.index(least)]
         problems.append(f"checkpoint-{step} keeps {least:.3f} of its energy, `min_energy` is {min_energy:g}")
     if report.gain_kept is not None and report.gain_kept < min_gain:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import WeightSpace
+from lohp_peft.tasks.fingerprint import rows_at_hand
 from lohp_peft.tasks.task import Task
 from lohp_peft.trajectories import TrajectoryDataset
 from lohp_peft.trajectories.manifest import MANIFEST_NAME
@@ -88,7 +89,8 @@ def plan_preparation(
 
     Raises:
         ValueError: Listing every task that cannot be recorded, or every setting in which the existing dataset was
-            recorded differently; when its weight space has another kind or rank or other modules.
+            recorded differently; when its weight space has another kind or rank or other modules, or a recorded task
+            had other rows.
     """
     select_all_rows(tasks, config)
     recorded: set[str] = set()
@@ -96,6 +98,7 @@ def plan_preparation(
         dataset = TrajectoryDataset.open(output_dir, on_damage="skip")
         check_same_space(dataset, space.kind, space.r, space.layout)
         check_same_settings(dataset, config)
+        dataset.check_rows(rows_at_hand(tasks))
         recorded = set(dataset.keys())
     pending = tuple(task.name for task in tasks if task.name not in recorded)
     passes = sum(OFFLINE_OPTIMIZERS[name].gradient_passes for name in config.optimizers)

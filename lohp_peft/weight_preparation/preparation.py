@@ -15,6 +15,7 @@ from rich.table import Table
 from lohp_peft.adapters.layout import base_model_fingerprint
 from lohp_peft.progress import Work
 from lohp_peft.tasks.encoder import EncodedTexts, TextEncoder
+from lohp_peft.tasks.fingerprint import rows_at_hand
 from lohp_peft.tasks.requirements import check_gradients, frozen
 from lohp_peft.tasks.task import Task
 from lohp_peft.trajectories import Trajectory, TrajectoryDataset
@@ -80,7 +81,8 @@ def prepare_trajectories(
 
     Raises:
         ValueError: When a task cannot be recorded, or `output_dir` holds a dataset of another base model, weight
-            space, reading of texts or configuration; all offenders are listed. When the base model passes no gradients.
+            space, reading of texts or configuration, or of tasks that had other rows; all offenders are listed. When the
+            base model passes no gradients.
     """
     config = config or WeightPreparationConfig()
     console = console or Console(stderr=True)
@@ -88,11 +90,12 @@ def prepare_trajectories(
     check_gradients(encoder.base_model)
     rows = select_all_rows(tasks, config)
     dataset = _open_or_create(Path(output_dir), encoder, config, process)
+    dataset.check_rows(rows_at_hand(tasks))
     recorded = set(dataset.keys())
     process.wait_for_everyone()  # nobody writes before all have seen the same pending tasks
     pending = [task for task in tasks if task.name not in recorded]
     reports: list[RunReport] = []
-    with frozen(encoder.base_model), Work(console, disable=not process.is_main_process) as progress:
+    with Work(console, disable=not process.is_main_process) as progress:
         mine = _my_share(pending, process)
         bar = progress.add_task("weight preparation", total=len(mine) * len(config.optimizers) * len(config.seeds))
         for task in mine:
@@ -107,7 +110,7 @@ def prepare_trajectories(
                     reports.append(report)
                     progress.advance(bar)
             if trajectories:
-                dataset.append(task.name, trajectories, metadata=chosen.score_rows())
+                dataset.append(task.name, trajectories, metadata=chosen.to_metadata())
     process.wait_for_everyone()
     reports = gather_object(reports)
     if process.is_main_process:
@@ -144,14 +147,15 @@ def record_run(
     rule = build_optimizer(optimizer, [state], **hyper)
     generator = keyed_generator(task, optimizer, seed)
     states, steps, losses = [state.detach().cpu().clone()], [0], []
-    for step in range(1, config.optimizer_steps + 1):
-        batch = rows.sample(config, generator)
-        losses.append(take_step(rule, partial(query_loss, encoder, encoded, batch, state, config.head)))
-        if step % config.record_every == 0 or step == config.optimizer_steps:
-            states.append(state.detach().cpu().clone())
-            steps.append(step)
-            if not states[-1].isfinite().all():
-                return None
+    with frozen(encoder.base_model):
+        for step in range(1, config.optimizer_steps + 1):
+            batch = rows.sample(config, generator)
+            losses.append(take_step(rule, partial(query_loss, encoder, encoded, batch, state, config.head)))
+            if step % config.record_every == 0 or step == config.optimizer_steps:
+                states.append(state.detach().cpu().clone())
+                steps.append(step)
+                if not states[-1].isfinite().all():
+                    return None
     unscored = torch.full((len(steps),), float("nan"))
     trained = torch.stack(losses).float().cpu()
     means = [trained[a:b].mean() for a, b in zip(steps, steps[1:], strict=False)]

@@ -191,14 +191,21 @@ class TrajectoryRecorder(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Encode the snapshots and append the trajectory to the dataset."""
+        """Encode the snapshots and append the trajectory to the dataset; a run that diverged is left out with a warning."""
         if self._adapter is None:
             return
         if not args.load_best_model_at_end:  # else the model is no longer at its last step
             self._take(state)
         self._flush(args)
-        adapters = {step: self._adapter.adapter(values) for step, values in sorted(self._snapshots.items())}
-        dataset = self._dataset(self._adapter, list(adapters.values()), extract_model_from_parallel(model))
+        live, self._adapter = self._adapter, None
+        diverged = [step for step, values in sorted(self._snapshots.items()) if not values.isfinite().all()]
+        if diverged:  # an error would end a training that is over and not yet saved
+            logger.warning(
+                f"This run of task {self.task!r} is not recorded: its adapter is not finite from optimizer step {diverged[0]} on."
+            )
+            return
+        adapters = {step: live.adapter(values) for step, values in sorted(self._snapshots.items())}
+        dataset = self._dataset(live, list(adapters.values()), extract_model_from_parallel(model))
         encoded = [dataset.space.encode(adapter) for adapter in adapters.values()]
         steps = list(adapters)
         series = _logged_series(state, steps)
@@ -228,7 +235,6 @@ class TrajectoryRecorder(TrainerCallback):
                 f"{key!r}. Pass `space` with bases for all runs (`LoraBSpace` where they share a frozen lora_A), or keep "
                 "checkpoints and fit one space to all of them with `lohp-peft import-checkpoints`."
             )
-        self._adapter = None
 
     def _store(self, args: TrainingArguments) -> SnapshotStore:
         return SnapshotStore(Path(args.output_dir) / SNAPSHOT_FOLDER)

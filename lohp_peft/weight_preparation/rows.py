@@ -1,12 +1,16 @@
 """Which rows of a task are trained on and which score its states; and the minibatches of a run."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lohp_peft.tasks.fingerprint import rows_fingerprint
 from lohp_peft.tasks.task import Examples, Task
+from lohp_peft.warn import warn
 from lohp_peft.weight_preparation.config import WeightPreparationConfig
 
 FEWEST_ROWS_PER_CLASS = 3  # one support and one query row to train on, one query row to score
@@ -36,6 +40,7 @@ class TaskRows:
     """The rows of one task that preparation uses.
 
     Args:
+        source: Which rows there were to choose from, as JSON values: the split and its fingerprint.
         examples: The rows, `n` in all.
         rows: Their positions in the split, shape (n,).
         train: For each class the rows to train on, as indices into `examples`.
@@ -43,14 +48,16 @@ class TaskRows:
             the run trained on would reward memorizing).
     """
 
+    source: Mapping[str, str]
     examples: Examples
     rows: Tensor
     train: tuple[Tensor, ...]
     score: Batch
 
-    def score_rows(self) -> dict[str, list[int]]:
-        """Positions in the split of the rows behind the scores, so that a later stage can score on the same ones."""
+    def to_metadata(self) -> dict[str, Any]:
+        """What is kept beside recordings: `source`, and the positions in the split of the rows behind the scores."""
         return {
+            **self.source,
             "score_support_rows": self.rows[self.score.support].tolist(),
             "score_query_rows": self.rows[self.score.query].tolist(),
         }
@@ -71,19 +78,22 @@ class TaskRows:
 def select_rows(task: Task, config: WeightPreparationConfig) -> TaskRows:
     """Choose the rows of a task, the same ones for every optimizer and seed.
 
-    Classes with fewer than 3 rows are left out, and so are random ones when `rows_per_task` cannot hold two
-    minibatches of each class.
+    Rows that repeat others count once; a warning says how many. Classes with fewer than 3 rows are left out, and so are
+    random ones when `rows_per_task` cannot hold two minibatches of each class.
 
     Raises:
         ValueError: When fewer than two classes remain.
     """
     examples = task.split(config.split)
     generator = keyed_generator(task.name, "rows")
-    by_class = [(examples.targets == label).nonzero().flatten() for label in range(examples.n_classes)]
+    distinct = torch.tensor(examples.distinct_rows())
+    if repeated := len(examples) - len(distinct):
+        warn(f"{repeated} of {len(examples)} rows of task {task.name!r} repeat others and count once.")
+    by_class = [distinct[examples.targets[distinct] == label] for label in range(examples.n_classes)]
     usable = [rows for rows in by_class if len(rows) >= FEWEST_ROWS_PER_CLASS]
     if len(usable) < 2:
         raise ValueError(
-            f"task {task.name!r} has {len(usable)} classes with at least {FEWEST_ROWS_PER_CLASS} rows in split "
+            f"task {task.name!r} has {len(usable)} classes with at least {FEWEST_ROWS_PER_CLASS} different rows in split "
             f"{config.split!r}, but needs 2"
         )
     most = max(config.rows_per_task // max(2 * config.rows_per_class, FEWEST_ROWS_PER_CLASS), 2)
@@ -102,7 +112,8 @@ def select_rows(task: Task, config: WeightPreparationConfig) -> TaskRows:
         kept.append(rows)
         start += len(rows)
     rows = torch.cat(kept)
-    return TaskRows(examples.select(rows.tolist()), rows, tuple(train), _batch(support, query))
+    source = {"split": config.split, "rows_sha256": rows_fingerprint(examples)}
+    return TaskRows(source, examples.select(rows.tolist()), rows, tuple(train), _batch(support, query))
 
 
 def keyed_generator(*key: str | int) -> torch.Generator:

@@ -29,7 +29,7 @@ def build_model(kind, layers=2):
             intermediate_size=24,
         )
         return LlamaModel(config).eval()
-    return GPT2Model(GPT2Config(vocab_size=20, n_embd=16, n_layer=layers, n_head=2, n_positions=32)).eval()
+    return GPT2Model(GPT2Config(vocab_size=20, n_embd=16, n_layer=layers, n_head=2, n_positions=128)).eval()
 
 
 def random_adapter(layout, r, dtype=torch.float32, seed=1):

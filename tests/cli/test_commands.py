@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
@@ -271,7 +272,7 @@ def test_prepare_then_train(base_folder, task_file, tmp_path, monkeypatch):
     other = [*line, "--dry-run"]
     other[other.index(str(base_folder))] = "minilm"
     assert "does not fit BertModel" in run(*other).stderr
-    assert "`max_length` and `batch_size` must be at least 1" in run(*line, "--dry-run", "--max-length", "0").stderr
+    assert "`max_length` must be above the 2 special" in run(*line, "--dry-run", "--max-length", "0").stderr
     otherwise = run(*line, "--dry-run", "--max-length", "32", "--pooling", "last")
     assert otherwise.exit_code == 2
     assert re.search(
@@ -514,3 +515,19 @@ def test_minilm_is_named_after_its_repository():
     assert model.name_or_path == model.config.name_or_path == resources.MINILM
     assert not model.training
     assert tokenizer("a text")["input_ids"]
+
+
+def test_an_output_that_cannot_be_is_told_before_any_work(base_folder, task_file):
+    line = ["prepare", "--base-model", str(base_folder), "--task", str(task_file), "--output", str(task_file)]
+    result = run(*line, "--r", "2", "--target-modules", "query,value")
+    assert result.exit_code == 2
+    assert f"`--output` must be a folder that can be written, got {task_file}" in " ".join(result.stderr.split())
+
+
+def test_json_holds_no_numbers_that_json_has_not(capsys):
+    resources.write_json({"losses": [0.5, float("nan")], "most": float("inf"), "where": Path("a")})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "losses": [0.5, None],
+        "most": None,
+        "where": "a",
+    }

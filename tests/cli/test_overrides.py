@@ -1,5 +1,6 @@
 """Configurations from YAML and the command line."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,3 +156,30 @@ def test_yaml_builds_no_objects(tmp_path):
     path = write(tmp_path, "name: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(ValueError, match="not valid YAML"):
         read_config(Settings, path)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_whole_and_a_part_of_it_at_any_depth_are_refused(order):
+    both = [["--extra", "{adamw: {lr: 0.1}}"], ["--extra.sgd.lr", "0.2"]][::order]
+    with pytest.raises(ValueError, match="`extra` is given as a whole and in parts"):
+        read_config(Settings, None, sum(both, []))
+
+
+def test_two_spellings_of_a_key_are_refused(tmp_path):
+    path = write(tmp_path, "learning-rate: 0.1\nlearning_rate: 0.2\n")
+    with pytest.raises(ValueError, match="gives `learning_rate` more than once"):
+        read_config(Settings, path)
+
+
+def test_numbers_are_those_of_today():
+    """YAML 1.1 reads 010 as eight and 1:30 as ninety."""
+    assert read_config(Settings, None, ["--seeds", "010,+7,0x10"]).seeds == [10, 7, 16]
+    assert read_config(Settings, None, ["--learning-rate", "1e-4"]).learning_rate == 1e-4
+    assert read_config(Settings, None, ["--extra", "{a: .5, b: -.inf, c: 1., d: 1:30}"]).extra == {
+        "a": 0.5,
+        "b": -math.inf,
+        "c": 1.0,
+        "d": "1:30",
+    }
+    with pytest.raises(ValueError, match="`steps` must be a whole number, got '1:30'"):
+        read_config(Settings, None, ["--steps", "1:30"])

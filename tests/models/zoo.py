@@ -15,11 +15,11 @@ from lohp_peft.adapters import AdapterLayout
 
 WORDS = 32
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
-TEXT = {**SIZES, "vocab_size": WORDS, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0}
+TEXT = {**SIZES, "vocab_size": WORDS, "max_position_embeddings": 128, "initializer_range": 0.3, "pad_token_id": 0}
 DECODER = {**TEXT, "num_key_value_heads": 2, "head_dim": 4}  # grouped queries: v_proj is narrower than q_proj
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 DEBERTA = {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0}
-SHORT_NAMES = {"vocab_size": WORDS, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0}
+SHORT_NAMES = {"vocab_size": WORDS, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128, "pad_token_id": 0}
 T5 = {"vocab_size": WORDS, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "pad_token_id": 0}
 
 RAW = GenerationConfig(choose=False)
@@ -128,7 +128,7 @@ BART = {**T5, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "
 def build_bart() -> torch.nn.Module:
     return transformers.BartModel(
         transformers.BartConfig(
-            **{**BART, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+            **{**BART, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 128}
         )
     ).eval()
 

@@ -16,7 +16,7 @@ WIDE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "n
 HEADS = {"num_attention_heads": 4}
 # as many keys as queries: some tests add up ranks to 20, which fewer could not hold
 DECODER = {"num_key_value_heads": 4, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
-ENCODER = {**WIDE, **HEADS, "max_position_embeddings": 64}
+ENCODER = {**WIDE, **HEADS, "max_position_embeddings": 128}
 GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 2}
 OPT = {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "num_hidden_layers": 2}
 T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}

@@ -13,7 +13,7 @@ from lohp_peft.adapters import AdapterLayout, CoreSpace, LoraBSpace, ModuleSpec,
 from lohp_peft.hub import check_folder
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.policy_learning import PolicyLearningConfig, plan_training, train_policy
-from lohp_peft.tasks import TextEncoder, reading_fingerprint, tokenizer_fingerprint
+from lohp_peft.tasks import TextEncoder, reading_fingerprint, rows_fingerprint, tokenizer_fingerprint
 from lohp_peft.trajectories import TrajectoryDataset
 from policy_learning.conftest import TASKS, assert_same_weights, build_dataset, build_trajectory, tiny_config
 from tiny import build_encoder, build_task
@@ -293,3 +293,12 @@ def test_what_does_not_belong_together_is_refused(encoder, dataset, tmp_path):
         changed.base_model.embeddings.word_embeddings.weight.mul_(2)
     with pytest.raises(ValueError, match="base model"):
         train(changed, dataset, tmp_path / "policy")
+
+
+def test_recordings_of_other_rows_are_refused(encoder, dataset, tmp_path):
+    old = build_task("spam", seed=6)
+    rows = {"split": "train", "rows_sha256": rows_fingerprint(old.split("train"))}
+    dataset.append("of then", [build_trajectory(encoder.space)], metadata=rows)
+    with pytest.raises(ValueError, match="others than those recorded.*'spam' was recorded on"):
+        plan_training(TASKS, dataset, tiny_config())
+    assert plan_training([old, *(task for task in TASKS if task.name != "spam")], dataset, tiny_config()).tasks == 3

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lohp_peft.tasks import EpisodeSampler, TaskBank, calibrated_cross_entropy, solve_head
+from lohp_peft.tasks import EpisodeSampler, Examples, Task, TaskBank, calibrated_cross_entropy, solve_head
 from tiny import build_policy, build_task, features_of
 
 
@@ -54,3 +54,12 @@ def test_episode_losses_are_query_losses_of_each_adapter(bank, encoder, head, ca
     losses[0, 1].backward()
     moved = states.grad.abs().amax((2, 3)) > 0
     assert moved.tolist() == [[False, True, False], [False, False, False]]
+
+
+def test_rows_that_repeat_others_count_once(encoder):
+    """Else texts that an episode is conditioned on would be among its query texts."""
+    task, bank = build_task("once", rows=30, seed=3), TaskBank(encoder)
+    examples = task.examples.distinct()
+    twice = Examples(examples.texts * 2, examples.labels * 2, examples.label_names)
+    bank.add(Task("twice", twice, ("train",) * len(twice)))
+    assert len(bank.labels["twice"]) == len(examples)

@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.space import CoreSpace, LoraBSpace
 from lohp_peft.tasks import EncodedTexts, TextEncoder, tokenizer_fingerprint
+from lohp_peft.tasks.requirements import check_length
 from tiny import WORDS, build_base_model, build_encoder, build_tokenizer
 
 
@@ -28,7 +29,7 @@ def whole_model(encoder, state, text, text_b=None, pooling="mean"):
 def decoder(kind):
     torch.manual_seed(0)
     if kind == "gpt2":
-        model = GPT2Model(GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=3, n_head=2, n_positions=32))
+        model = GPT2Model(GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=3, n_head=2, n_positions=128))
         targets = ["c_attn"]
     else:
         config = LlamaConfig(
@@ -271,3 +272,53 @@ def test_a_base_model_that_returns_tuples():
     expected = encoder.embed(encoder.prepare(["good1 word1", "bad2"]))
     encoder.base_model.config.return_dict = False
     assert encoder.embed(encoder.prepare(["good1 word1", "bad2"])).equal(expected)
+
+
+def test_lengths_that_the_model_or_the_tokenizer_cannot_keep_are_refused(encoder):
+    """Before anything is trained with them: the first long text of a user would find out."""
+    given = encoder.base_model, encoder.tokenizer, encoder.space
+    TextEncoder(*given, max_length=128)
+    for length in (129, 2, 0):
+        rule = "at most 128, the positions" if length > 2 else "above the 2 special tokens of a text"
+        with pytest.raises(ValueError, match=f"`max_length` must be {rule}.*got {length}"):
+            TextEncoder(*given, max_length=length)
+    short = TextEncoder(*given, max_length=3)
+    short.prepare(["word1 word2"])
+    with pytest.raises(ValueError, match="above the 3 special tokens of a pair of texts, got 3"):
+        short.prepare(["word1"], ["word2"])
+
+
+def test_positions_in_front_of_a_table_do_not_count():
+    from transformers import RobertaConfig, RobertaModel
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = RobertaModel(RobertaConfig(vocab_size=len(WORDS), max_position_embeddings=34, **size))
+    check_length(model, build_tokenizer(), 32)
+    with pytest.raises(ValueError, match="at most 32, the positions of the base model, got 33"):
+        check_length(model, build_tokenizer(), 33)
+
+
+def test_tokens_without_an_embedding_are_named(encoder):
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["brandnew"])
+    other = TextEncoder(encoder.base_model, tokenizer, encoder.space)
+    other.prepare(["word1"])  # a token that no text has does no harm
+    with pytest.raises(
+        ValueError, match=rf"gives token {len(WORDS)}, but BertModel has embeddings of {len(WORDS)} tok"
+    ):
+        other.prepare(["word1 brandnew"])
+
+
+def test_the_fingerprint_of_tokens_that_share_an_id_does_not_depend_on_their_order():
+    class Shared:
+        def __init__(self, tokens):
+            self.tokens = tokens
+
+        def __len__(self):
+            return len(self.tokens)
+
+        def get_vocab(self):
+            return dict(self.tokens)
+
+    one, other = ([("a", 0), ("b", 1), ("c", 1)], [("a", 0), ("c", 1), ("b", 1)])
+    assert tokenizer_fingerprint(Shared(one)) == tokenizer_fingerprint(Shared(other))

@@ -141,3 +141,29 @@ def test_nobody_else_gets_a_gradient(generate, policy, encoder):
 def test_refusals():
     with pytest.raises(ValueError, match="`gradient_steps` must be at least 0, got -1; `gradient_learning_rate`"):
         GenerationConfig(gradient_steps=-1, gradient_learning_rate=0.0)
+
+
+def test_steps_end_where_a_further_look_is_not_a_number(policy, encoder, monkeypatch):
+    """A confirmation is of the adapter that was looked at, not of what comes after it."""
+
+    def broken(*args, **kwargs):
+        for step, ends in enumerate(leave_one_out_steps(*args, **kwargs), 1):
+            yield ends if step <= CHECK_EVERY else torch.full_like(ends, torch.nan)
+
+    monkeypatch.setattr("lohp_peft.tasks.gradient_steps.leave_one_out_steps", broken)
+    encoded = encoder.prepare(SUPPORT.texts)
+    start = torch.zeros(tuple(encoder.space.shape))
+    taken = verified_steps(
+        encoder,
+        encoded,
+        SUPPORT.targets,
+        SUPPORT.n_classes,
+        start,
+        policy.scale,
+        steps=8,
+        learning_rate=0.3,
+        margin=2.0,
+    )
+    assert taken.confirmed
+    assert taken.steps == CHECK_EVERY
+    assert taken.state.isfinite().all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
-from lohp_peft.tasks import Examples, Task, balanced_rows, draw
+from lohp_peft.tasks import Examples, Task, balanced_rows, draw, task_fingerprint
 
 ROWS = [
     {"text": "late parcel", "label": "late", "split": "train"},
@@ -108,6 +108,12 @@ def test_a_table_is_told_how_to_become_rows():
     with pytest.raises(TypeError, match="got DataFrame"):
         Examples.from_rows(table)
     assert len(Examples.from_rows(table.to_dict("records"))) == 2
+
+
+def test_numpy_labels_become_ints():
+    examples = Examples(["a", "b"], np.array([0, 1]), ["x", "y"])
+    assert [type(label) for label in examples.labels] == [int, int]
+    assert task_fingerprint(Task("t", examples, ("train",) * 2))
 
 
 def test_class_indices_are_ints():

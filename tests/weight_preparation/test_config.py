@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from lohp_peft.weight_preparation import WeightPreparationConfig
@@ -48,3 +49,20 @@ def test_to_dict_is_json():
     values = WeightPreparationConfig().to_dict()
     assert json.loads(json.dumps(values)) == values
     assert values["optimizers"] == list(WeightPreparationConfig().optimizers)
+
+
+def test_values_of_other_types_are_named():
+    for wrong in (dict(seeds=3), dict(optimizers="adamw"), dict(hyperparameters={"adamw": 0.1}), dict(seeds=(True,))):
+        (name,) = wrong
+        with pytest.raises(TypeError, match=rf"Weight preparation: `{name}` must hold "):
+            WeightPreparationConfig(**wrong)
+    with pytest.raises(
+        ValueError, match="whole numbers are needed, got {'optimizer_steps': '10', 'record_every': 2.0}"
+    ):
+        WeightPreparationConfig(optimizer_steps="10", record_every=2.0)
+
+
+def test_numbers_of_others_are_taken():
+    config = WeightPreparationConfig(seeds=range(2), optimizers=["sgd"], optimizer_steps=np.int64(8))
+    assert config == WeightPreparationConfig(seeds=(0, 1), optimizers=("sgd",), optimizer_steps=8)
+    assert json.dumps(config.to_dict())

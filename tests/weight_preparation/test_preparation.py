@@ -7,6 +7,7 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 
 from lohp_peft.adapters.space import LoraBSpace
+from lohp_peft.tasks import Examples, Task
 from lohp_peft.tasks.encoder import TextEncoder
 from lohp_peft.tasks.fingerprint import tokenizer_fingerprint
 from lohp_peft.tasks.heads import solve_head
@@ -48,11 +49,12 @@ def test_one_shard_a_task_with_every_optimizer_and_seed(tasks, encoder, tmp_path
 
 
 def test_runs_lower_the_loss(encoder, tmp_path, quiet):
-    slow = {name: {"lr": 0.02} for name in ("adamw", "sam")}
+    slow = {name: {"lr": 0.01} for name in ("adamw", "sam")}
+    many = {"rows_per_class": 32, "rows_per_task": 400, "score_query_rows": 128, "score_shots": 64}
     config = WeightPreparationConfig(
-        optimizers=("adamw", "sam"), optimizer_steps=40, record_every=10, hyperparameters=slow
+        optimizers=("adamw", "sam"), optimizer_steps=60, record_every=20, hyperparameters=slow, **many
     )
-    dataset = prepare_trajectories([build_task("spam", rows=80)], encoder, tmp_path / "out", config, console=quiet)
+    dataset = prepare_trajectories([build_task("spam", rows=400)], encoder, tmp_path / "out", config, console=quiet)
     for run in dataset:
         assert run.losses[-1] < run.losses[0]
         assert run.metrics["train_loss"][-1] < run.metrics["train_loss"][1]
@@ -234,3 +236,32 @@ def test_the_closing_table_sums_up_each_optimizer(tasks, encoder, tmp_path, conf
     prepare_trajectories(tasks[:1], encoder, tmp_path / "out", config, console=Console(file=stream, width=120))
     assert "1 tasks, 0 recorded before" in stream.getvalue()
     assert {"adamw", "sam"} <= set(stream.getvalue().split())
+
+
+def test_a_recording_is_not_continued_with_other_rows(tasks, encoder, tmp_path, config, quiet):
+    """Labels that were mended since: the runs of then would be imitated under the name of the task of now."""
+    folder = tmp_path / "out"
+    prepare_trajectories(tasks, encoder, folder, config, console=quiet)
+    spam = tasks[0].examples
+    mended = Task("spam", spam.with_labels([1 - label for label in spam.labels]), tasks[0].splits)
+    more = [build_task("new", seed=8), mended, tasks[1]]
+    for act in (
+        lambda: prepare_trajectories(more, encoder, folder, config, console=quiet),
+        lambda: plan_preparation(more, encoder.space, config, folder),
+    ):
+        with pytest.raises(
+            ValueError, match=r"others than those recorded.*'spam' was recorded on .* in split 'train'"
+        ):
+            act()
+    named = Examples(mended.examples.texts, spam.labels, ("x", "y"))  # the names are nobody's business
+    again = [Task("spam", named, tasks[0].splits), *more[::2]]
+    assert set(prepare_trajectories(again, encoder, folder, config, console=quiet).keys()) == {"spam", "mood", "new"}
+
+
+def test_a_run_leaves_no_gradients_on_the_base_model(base_model, tokenizer, space, config):
+    base_model.requires_grad_(True)
+    encoder, task = TextEncoder(base_model, tokenizer, space), build_task("spam")
+    rows = select_rows(task, config)
+    encoded = encoder.prepare(rows.examples.texts)
+    assert record_run(encoder, rows, encoded, task="spam", optimizer="sam", seed=0, config=config) is not None
+    assert all(p.grad is None and p.requires_grad for p in base_model.parameters())

@@ -409,3 +409,20 @@ def test_snapshots_of_a_discarded_branch_are_not_read(tmp_path):
     store.flush({6: torch.ones(1), 9: torch.ones(1)}, follows=3, signature="")
     read = store.load(8, "")
     assert {step: float(values) for step, values in read.items()} == {0: 0.0, 3: 0.0, 6: 1.0}
+
+
+def test_a_run_that_diverged_ends_as_any_other_and_is_not_recorded(tmp_path, caplog):
+    """An error at the end of training would take with it whatever was to be done after it."""
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 8:
+                next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
+
+    recorder = TrajectoryRecorder(tmp_path / "data", "toy", record_every=3)
+    train(tmp_path / "run", recorder, callbacks=[Break()])
+    assert "'toy' is not recorded: its adapter is not finite from optimizer step 9 on" in caplog.text
+    assert recorder.report is None
+    assert not (tmp_path / "data").exists()
+    train(tmp_path / "run", recorder)  # the recorder can be used again
+    assert recorder.report.states == 5

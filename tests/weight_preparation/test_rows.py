@@ -72,7 +72,9 @@ def test_small_classes_still_give_both_halves():
 
 
 def test_too_few_rows_are_refused():
-    with pytest.raises(ValueError, match=r"task 't' has 1 classes with at least 3 rows in split 'train', but needs 2"):
+    with pytest.raises(
+        ValueError, match=r"task 't' has 1 classes with at least 3 different rows in split 'train', but needs 2"
+    ):
         select_rows(_task([9, 2, 1]), WeightPreparationConfig())
 
 
@@ -88,3 +90,15 @@ def test_keyed_generators_differ_by_every_word():
     assert len(draws) == len(keys)
     known = torch.randint(1000, (3,), generator=keyed_generator("spam", "adamw", 0))
     assert torch.equal(known, torch.randint(1000, (3,), generator=keyed_generator("spam", "adamw", 0)))
+
+
+def test_rows_that_repeat_others_are_neither_trained_on_nor_scored():
+    """A query row that lies among the trained ones too would reward memorizing."""
+    task = _task([20, 20])
+    twice = Examples(task.examples.texts * 2, task.examples.labels * 2, task.examples.label_names)
+    with pytest.warns(UserWarning, match="40 of 80 rows of task 't' repeat others and count once"):
+        rows = select_rows(Task("t", twice, ("train",) * 80), WeightPreparationConfig())
+    assert len(set(rows.examples.texts)) == len(rows.examples) == 40
+    assert rows.rows.max() < 40
+    once = select_rows(task, WeightPreparationConfig())
+    assert rows.rows.equal(once.rows)
