@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lohp_peft.fields import document_fields, is_number, take_whole_numbers
+from lohp_peft.fields import SEEDS, check_switches, document_fields, is_number, take_whole_numbers
 from lohp_peft.policy import LoHpPolicy, rollout
 from lohp_peft.tasks import (
     HEADS,
@@ -25,8 +25,6 @@ from lohp_peft.tasks.encoder import EncodedTexts
 from lohp_peft.tasks.requirements import check_gradients
 from lohp_peft.warn import warn
 
-SEEDS = 2**63
-"""How many there are; a generation's further draws add to one."""
 TOO_FEW_FOR_STEPS = "Gradient steps need two classes of four examples."
 TOO_FEW_TO_COMPARE = "Candidates were not compared, which needs two examples of a class."
 
@@ -78,6 +76,7 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         take_whole_numbers(self)
+        check_switches(self)
         problems = []
         if self.policy_steps is not None and self.policy_steps < 1:
             problems.append(f"`policy_steps` must be at least 1, got {self.policy_steps}")

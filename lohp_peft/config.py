@@ -1,6 +1,7 @@
 """`LoHpConfig`: LoRA whose weights a learned policy writes."""
 
 import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lohp_peft.adapters.export import GenerationRecord, remove_record, unsupport
 from lohp_peft.adapters.layout import AdapterLayout
 from lohp_peft.adapters.writing import backbone_of
 from lohp_peft.cards import is_hub_id
-from lohp_peft.fields import take_whole_numbers
+from lohp_peft.fields import SEEDS, take_whole_numbers
 from lohp_peft.registration import ensure_peft_type
 from lohp_peft.tasks.task import read_json_lines
 
@@ -114,6 +115,8 @@ class LoHpConfig(LoraConfig):
             problems.append(
                 f"the revision stands in `policy` ({self.policy!r}) and in `policy_revision`; give it once"
             )
+        if not 0 <= self.seed < SEEDS:
+            problems.append(f"`seed` must be in 0..2**63 - 1, got {self.seed}")
         if self.num_candidates < 0:
             problems.append(f"`num_candidates` must be at least 0, got {self.num_candidates}")
         if self.policy_steps is not None and self.policy_steps < 1:
@@ -217,8 +220,8 @@ def follow_policy(config: LoHpConfig, model: nn.Module) -> None:
         raise ValueError("LoHpConfig does not fit its policy: " + "; ".join(problems) + ". Leave them out.")
 
 
-def read_support_file(source: str) -> list[dict[str, Any]]:
-    """Rows of split `train` from a file of JSON lines, plain or gzipped, or from a data set `owner/name[@commit]`.
+def read_support_file(source: str) -> Iterable[Mapping[str, Any]]:
+    """Rows of split `train` from a file of JSON lines, plain or gzipped, or a data set `owner/name[@commit]`, which names its classes.
 
     Raises:
         ValueError: When it is neither, or not JSON lines, naming every malformed line, or the data set cannot be loaded.
@@ -234,7 +237,7 @@ def read_support_file(source: str) -> list[dict[str, Any]]:
         from datasets.exceptions import DatasetsError
 
         try:
-            return list(load_dataset(name, split="train", revision=revision or None))
+            return load_dataset(name, split="train", revision=revision or None)
         except (OSError, ValueError, DatasetsError) as error:
             raise ValueError(f"The data set {source!r} of `support` cannot be loaded: {error}") from error
     rows = read_json_lines(path)

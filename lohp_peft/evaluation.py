@@ -1,5 +1,6 @@
 """Generated adapters beside honest baselines and controls, on held-out examples."""
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -82,7 +83,7 @@ class EvaluationConfig:
 @torch.inference_mode(False)  # AdamW needs gradients
 @torch.enable_grad()
 def evaluate_tasks(
-    policy: LoHpPolicy | str,
+    policy: LoHpPolicy | str | os.PathLike,
     base_model: nn.Module,
     tokenizer: Any,
     tasks: Sequence[Task],
@@ -120,7 +121,7 @@ def evaluate_tasks(
         draws; seconds are the median time from examples to adapter, features and head included.
 
     Raises:
-        ValueError: When the policy does not fit the base model, tasks share a name, a task lacks a split, or the settings
+        ValueError: When the policy does not fit the base model, tasks share a name, a task lacks a split or examples of two classes, or the settings
             of the generation cannot be those of a control.
     """
     names = [task.name for task in tasks]
@@ -131,6 +132,12 @@ def evaluate_tasks(
         for task in tasks
         for split in ("train", "test")
         if split not in task.splits
+    ]
+    lacking += [
+        f"task {task.name!r} has one class in split 'train', {task.examples.label_names[next(iter(present))]!r}"
+        for task in tasks
+        if len(present := {y for y, split in zip(task.examples.labels, task.splits, strict=True) if split == "train"})
+        == 1
     ]
     if lacking:
         raise ValueError(f"Evaluation draws from split train and scores on split test, but {'; '.join(lacking)}.")

@@ -8,6 +8,8 @@ from numbers import Integral
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+SEEDS = 2**63
+"""How many there are; a generation's further draws add to one."""
 
 
 def is_number(value: Any, finite: bool = True) -> bool:
@@ -45,6 +47,23 @@ def take_whole_numbers(config: Any, names: Sequence[str] = ()) -> None:
             wrong[item.name] = value
     if wrong:
         raise ValueError(f"{type(config).__name__}: whole numbers are needed, got {wrong}.")
+
+
+def check_switches(config: Any) -> None:
+    """Refuse what is no bool in a dataclass's fields annotated so: a text such as "false" would count as true.
+
+    Args:
+        config: The dataclass.
+
+    Raises:
+        ValueError: Listing every such value.
+    """
+    kinds = {item.name: item.type for item in fields(config)}
+    wrong = {
+        n: x for n, kind in kinds.items() if kind in (bool, "bool") and not isinstance(x := getattr(config, n), bool)
+    }
+    if wrong:
+        raise ValueError(f"{type(config).__name__}: true or false is needed, got {wrong}.")
 
 
 def document_fields(cls: type[Config]) -> type[Config]:

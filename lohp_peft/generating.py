@@ -1,5 +1,6 @@
 """Generating into a model with LoRA layers: everything is checked first, then weights and classifier are written, or neither."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,19 +12,22 @@ from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from lohp_peft.adapters.export import GenerationRecord
-from lohp_peft.adapters.writing import (
-    backbone_of,
+from lohp_peft.adapters.classifier import (
     check_untrained,
-    check_writable,
     classifier_columns,
     classifier_features,
     classifier_linear,
     one_classifier,
+    unsaved_parts,
+    write_classifier,
+)
+from lohp_peft.adapters.export import GenerationRecord
+from lohp_peft.adapters.writing import (
+    backbone_of,
+    check_writable,
     only_active,
     undone_on_error,
     write_adapter,
-    write_classifier,
     written_weights,
 )
 from lohp_peft.config import LoHpConfig, read_support_file
@@ -39,17 +43,17 @@ if TYPE_CHECKING:
 def generate_into(
     tuner: BaseTuner,
     adapter_name: str,
-    policy: "LoHpPolicy | str",
+    policy: "LoHpPolicy | str | os.PathLike",
     support: "Support",
     tokenizer: Any,
     config: "GenerationConfig | None",
 ) -> "tuple[GenerationReport, GenerationRecord]":
     """Generate, check everything first, then write the weights and the classifier, or neither."""
-    from lohp_peft.generation import encoder_for, generate_adapters, load_policy, read_support
+    from lohp_peft.generation import encoder_for, generate_adapters, load_policy, policy_name, read_support
     from lohp_peft.tasks import solve_head
 
     peft_config, model = tuner.peft_config[adapter_name], tuner.model
-    examples, name = read_support(support), policy if isinstance(policy, str) else None
+    examples, name = read_support(support), policy_name(policy)
     policy = load_policy(policy)
     tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
     backbone, prefix = backbone_of(model, policy.layout)
@@ -59,6 +63,13 @@ def generate_into(
     if _is_classifier(peft_config):
         columns = _columns(model, examples.label_names)
         linear = classifier_linear(model, adapter_name, model.config.num_labels)
+        if strangers := unsaved_parts(model, prefix, adapter_name):
+            warn(
+                f"{', '.join(map(repr, strangers))} of {type(model).__name__} lies between the base model and the classifier and is "
+                "not saved with the adapter. Where the checkpoint that the adapter is loaded on does not have it either, its "
+                f"weights are drawn anew and the classifier is worth nothing: give the configuration modules_to_save={strangers}.",
+                PeftWarning,
+            )
     else:
         if type(model).__name__.endswith("ForSequenceClassification"):
             warn(
@@ -137,9 +148,12 @@ def _batches(tokenizer: Any, examples: Any, encoder: Any) -> Iterator[Any]:
 
 
 def generation_inputs(config: LoHpConfig, model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Policy, support set and tokenizer of a generation at injection, checked against the model."""
-    from lohp_peft.generation import encoder_for, load_policy, read_support
+    """Policy, support set, tokenizer and settings of a generation at injection, checked against the model."""
+    from lohp_peft.generation import GenerationConfig, encoder_for, load_policy, read_support
 
+    settings = GenerationConfig(
+        policy_steps=config.policy_steps, num_candidates=config.num_candidates, seed=config.seed
+    )
     with only_active(model, None):  # a merged adapter is named before the base model is compared
         policy, tokenizer = load_policy(config.policy_id or ""), _tokenizer_of(model)
     support = read_support(read_support_file(config.support or ""))
@@ -148,7 +162,7 @@ def generation_inputs(config: LoHpConfig, model: nn.Module, adapter_name: str) -
         _columns(model, support.label_names)
         saved = {n: m for n, m in model.named_modules() if n.endswith(tuple(config.modules_to_save or ()))}
         one_classifier(saved, adapter_name, model.config.num_labels)
-    return {"policy": policy, "support": support, "tokenizer": tokenizer}
+    return {"policy": policy, "support": support, "tokenizer": tokenizer, "config": settings}
 
 
 def _has_head(config: LoraConfig) -> bool:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -189,13 +189,19 @@ class GeneratedAdapter:
             return push_folder(folder, repo_id, **kwargs)
 
 
-def load_policy(policy: LoHpPolicy | str) -> LoHpPolicy:
+def load_policy(policy: LoHpPolicy | str | os.PathLike) -> LoHpPolicy:
     """A policy by its name, see `lohp_peft.hub.find_policy`, or the policy itself.
 
     Raises:
         ValueError: When there is no policy of that name.
     """
-    return LoHpPolicy.from_pretrained(find_policy(policy)).eval() if isinstance(policy, str) else policy
+    name = policy_name(policy)
+    return cast(LoHpPolicy, policy) if name is None else LoHpPolicy.from_pretrained(find_policy(name)).eval()
+
+
+def policy_name(policy: LoHpPolicy | str | os.PathLike) -> str | None:
+    """The name that a policy was asked for by, or `None` for the policy itself."""
+    return os.fspath(policy) if isinstance(policy, str | os.PathLike) else None
 
 
 def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed_precision: str = "no") -> TextEncoder:
@@ -235,8 +241,26 @@ def encoder_for(policy: LoHpPolicy, base_model: nn.Module, tokenizer: Any, mixed
     return TextEncoder(base_model, tokenizer, policy.space, **reading, dtype=dtype)
 
 
+def _check_encoder(encoder: TextEncoder, policy: LoHpPolicy, base_model: nn.Module) -> None:
+    """Refuse an encoder that `encoder_for` would not give for this policy and base model."""
+    if encoder.base_model is not base_of(base_model):
+        raise ValueError(
+            "`encoder` must be around `base_model`, got one around another model; make it with `encoder_for`."
+        )
+    config, problems = policy.config, []
+    reads, wanted = (encoder.pooling, encoder.max_length), (config.pooling, config.max_text_length)
+    if reads != wanted:
+        problems.append(f"it reads texts with (pooling, max_length) = {reads}, the policy with {wanted}")
+    if encoder.space is not policy.space:
+        theirs, mine = encoder.space.to_tensors(), policy.space.to_tensors()
+        if theirs.keys() != mine.keys() or not all(torch.equal(theirs[key].to(x), x) for key, x in mine.items()):
+            problems.append("the bases of its weight space are not the policy's")
+    if problems:
+        raise ValueError(f"`encoder` must be the policy's, but {'; '.join(problems)}; make it with `encoder_for`.")
+
+
 def generate_adapter(
-    policy: LoHpPolicy | str,
+    policy: LoHpPolicy | str | os.PathLike,
     base_model: nn.Module,
     tokenizer: Any,
     support: Support,
@@ -279,7 +303,7 @@ def as_trained(policy: LoHpPolicy, base_model: nn.Module) -> Iterator[None]:
 @torch.inference_mode(False)  # gradient steps need gradients, and what is generated can be trained
 @torch.no_grad()
 def generate_adapters(
-    policy: LoHpPolicy | str,
+    policy: LoHpPolicy | str | os.PathLike,
     base_model: nn.Module,
     tokenizer: Any,
     supports: Sequence[Support],
@@ -313,14 +337,12 @@ def generate_adapters(
     config = config or GenerationConfig()
     if not len(supports):
         raise ValueError("`supports` must hold at least one support set, got none.")
-    name, policy = policy if isinstance(policy, str) else None, load_policy(policy)
+    name, policy = policy_name(policy), load_policy(policy)
     policy.optimizer_index(config.optimizer, 1)  # refuses an unknown one before any work
     start = time.perf_counter()
     examples = [read_support(support) for support in supports]
-    if encoder is not None and encoder.base_model is not base_of(base_model):
-        raise ValueError(
-            "`encoder` must be around `base_model`, got one around another model; make it with `encoder_for`."
-        )
+    if encoder is not None:
+        _check_encoder(encoder, policy, base_model)
     made = []
     with as_trained(policy, base_model):
         encoder = encoder or encoder_for(policy, base_model, tokenizer, config.mixed_precision)

@@ -1,6 +1,7 @@
 """`LoHpModel`: LoRA layers whose weights a policy writes once; the policy is no part of the model."""
 
 import copy
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,8 @@ from peft.utils import PeftType
 from peft.utils.warning import PeftWarning
 from torch import nn
 
-from lohp_peft.adapters.export import DIGEST_KEY, GenerationRecord
-from lohp_peft.adapters.writing import written_digest, written_weights
+from lohp_peft.adapters.export import DIGEST_KEY, GenerationRecord, combined_provenance
+from lohp_peft.adapters.writing import has_changed, written_digest, written_weights
 from lohp_peft.config import (
     LoHpConfig,
     RecordedLoraConfig,
@@ -122,6 +123,9 @@ class LoHpModel(LoraModel):
     ) -> None:
         """See `LoraModel`; the combination is saved as a plain LoRA when one of its parts was generated."""
         existed = adapter_name in self.peft_config
+        records = {name: generation_record(self.peft_config[name]) for name in adapters if name in self.peft_config}
+        parts = {name: record for name, record in records.items() if record is not None}
+        changed = any(has_changed(self.model, name, record) for name, record in parts.items())
         self._merging = True
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
@@ -130,11 +134,9 @@ class LoHpModel(LoraModel):
         if existed:
             return
         config = self.peft_config[adapter_name]
-        parts = {name: generation_record(self.peft_config[name]) for name in adapters}
-        if isinstance(config, LoHpConfig) and any(parts.values()):
+        if isinstance(config, LoHpConfig) and parts:
             config.support = None
-            generated = {name: dict(record.provenance) for name, record in parts.items() if record is not None}
-            provenance = {"combined": dict(zip(adapters, map(float, weights), strict=True)), **generated}
+            provenance = combined_provenance(dict(zip(adapters, map(float, weights), strict=True)), parts, changed)
             keep_record(config, GenerationRecord(provenance, weights=written_weights(self.model, adapter_name)))
         self._save_in_one_type()
 
@@ -144,7 +146,7 @@ class LoHpModel(LoraModel):
         tokenizer: Any = None,
         adapter_name: str | None = None,
         config: "GenerationConfig | None" = None,
-        policy: "LoHpPolicy | str | None" = None,
+        policy: "LoHpPolicy | str | os.PathLike | None" = None,
     ) -> "GenerationReport":
         """Generate an adapter's weights from labelled examples, without gradients unless the settings ask for them.
 
@@ -217,7 +219,7 @@ class LoHpModel(LoraModel):
 
 def initialize_lohp_weights(
     peft_model: PeftModel,
-    policy: "LoHpPolicy | str",
+    policy: "LoHpPolicy | str | os.PathLike",
     support: "Support",
     *,
     tokenizer: Any = None,

@@ -226,6 +226,9 @@ def test_errors(policy, encoder):
         evaluate(
             policy, encoder, [TASKS[1], build_task("spam"), build_task("b")], on_task=lambda *_: pytest.fail("scored")
         )
+    one = Task("one", Examples(("a", "b", "c"), (0, 0, 1), ("x", "y")), ("train", "train", "test"))
+    with pytest.raises(ValueError, match="task 'one' has one class in split 'train', 'x'"):
+        evaluate(policy, encoder, [TASKS[0], one], on_task=lambda *_: pytest.fail("scored"))
     bare = build_policy(encoder)
     with pytest.raises(
         ValueError, match="Nothing can be scored on task 'spam': 'mean_adapter' needs the policy's reference"

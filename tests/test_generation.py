@@ -11,10 +11,10 @@ from peft.tuners.lora import LoraLayer
 from torch.nn.functional import normalize
 from transformers import BertTokenizer
 
-from lohp_peft import LoHpConfig, candidates
+from lohp_peft import CoreSpace, LoHpConfig, candidates
 from lohp_peft.candidates import Candidate, GenerationConfig, _decide
 from lohp_peft.generation import generate_adapter, generate_adapters
-from lohp_peft.tasks import Examples, TaskFeatures, VerifiedSteps, calibrated_cross_entropy, solve_head
+from lohp_peft.tasks import Examples, TaskFeatures, TextEncoder, VerifiedSteps, calibrated_cross_entropy, solve_head
 from tiny import WORDS, build_base_model, build_encoder, build_policy, build_task
 
 TASKS = [
@@ -170,6 +170,7 @@ def test_pairs(generate):
 def harmful(encoder, policy):
     """Its adapters drown the class words in the same direction for every text."""
     bad = build_policy(encoder, TASKS, size=0.3)
+    torch.manual_seed(3)
     with torch.no_grad():
         bad.forward_network.start.copy_(40 * torch.randn_like(bad.forward_network.start))
         bad.forward_network.gates.weight.zero_()
@@ -180,7 +181,7 @@ def harmful(encoder, policy):
 
 def test_a_harmful_policy_abstains_and_says_why(generate, harmful):
     support = TASKS[0].draw_support(16, 0)
-    (made,) = generate([support], policy=harmful)
+    (made,) = generate([support], GenerationConfig(margin=0.5), policy=harmful)
     report = made.report
     assert (report.chosen, report.abstained) == ("none", True)
     assert not made.state.any()
@@ -204,7 +205,7 @@ def test_gradient_steps_begin_at_the_choice_so_far(generate, harmful, monkeypatc
         return VerifiedSteps(start + 1, (-0.1, 0.01), 4, kept)
 
     monkeypatch.setattr(candidates, "verified_steps", steps)
-    (made,) = generate([TASKS[0].draw_support(16, 0)], GenerationConfig(gradient_steps=4), policy=harmful)
+    (made,) = generate([TASKS[0].draw_support(16, 0)], GenerationConfig(gradient_steps=4, margin=0.5), policy=harmful)
     assert not starts[0].any()
     report = made.report
     assert (report.chosen, report.abstained) == (("none + 4 gradient steps", False) if kept else ("none", True))
@@ -216,7 +217,7 @@ def test_gradient_steps_begin_at_the_choice_so_far(generate, harmful, monkeypatc
 def test_a_smaller_amplitude_of_a_harmful_adapter_is_better(generate, harmful):
     harmful.reference_set = None
     support = TASKS[0].draw_support(16, 0)
-    config = GenerationConfig(amplitudes=(1e-4, 1.0))
+    config = GenerationConfig(amplitudes=(1e-4, 1.0), margin=0.5)
     (made,) = generate([support], config, policy=harmful)
     names = [c.name for c in made.report.candidates]
     assert names == ["generated", "generated x 0.0001", "none"]
@@ -507,3 +508,30 @@ def test_scores_are_losses_of_heads_that_did_not_see_the_example(generate, polic
 def test_settings_out_of_range(setting, rule):
     with pytest.raises(ValueError, match=re.escape(rule)):
         GenerationConfig(**setting)
+
+
+def test_an_encoder_of_another_policy_is_refused(policy, encoder):
+    """Its features would be measured along other bases than those that the adapter is written in."""
+    given = policy, encoder.base_model, encoder.tokenizer, SUPPORTS[:1]
+    same = TextEncoder(encoder.base_model, encoder.tokenizer, policy.space, max_length=24)
+    assert generate_adapters(*given, encoder=same)[0].state.equal(generate_adapters(*given)[0].state)
+    random = CoreSpace.from_trajectories(policy.layout, 2, [_random_adapter(policy.layout)])
+    for other, message in (
+        (TextEncoder(encoder.base_model, encoder.tokenizer, random, max_length=24), "the bases of its weight space"),
+        (build_encoder(max_length=12), "around another model"),
+        (
+            TextEncoder(encoder.base_model, encoder.tokenizer, policy.space, max_length=12, pooling="first"),
+            r"it reads texts with \(pooling, max_length\) = \('first', 12\), the policy with \('mean', 24\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"{message}.*make it with `encoder_for`"):
+            generate_adapters(*given, encoder=other)
+
+
+def _random_adapter(layout):
+    return {s.name: (torch.randn(2, s.d_in), torch.randn(s.d_out, 2)) for s in layout.modules}
+
+
+def test_a_switch_is_true_or_false():
+    with pytest.raises(ValueError, match="GenerationConfig: true or false is needed, got {'choose': 'false'}"):
+        GenerationConfig(choose="false")

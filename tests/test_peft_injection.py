@@ -1,9 +1,11 @@
 """What a LOHP configuration does at injection, and what it must not do when an adapter is only loaded."""
 
+import copy
 import json
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
@@ -225,3 +227,29 @@ def test_a_data_set_that_cannot_be_loaded_is_named(world, base, monkeypatch):
 def test_an_empty_name_of_a_policy_is_refused():
     with pytest.raises(ValueError, match="`policy` is empty"):
         LoHpConfig(policy="")
+
+
+def test_a_data_set_names_its_classes(world, base, monkeypatch):
+    rows = tiny.build_rows()
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["good", "bad", "never seen"])})
+    data = Dataset.from_list([{**row, "label": int(row["label"] == "bad")} for row in rows], features=features)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: data)
+    with pytest.warns(UserWarning, match="no examples of never seen"):
+        model = get_peft_model(base, configuration(world, support="me/rows", task_type="FEATURE_EXTRACTION"))
+    record = generation_record(model.peft_config["default"])
+    assert record.provenance["label_names"] == ["good", "bad", "never seen"]
+
+
+def test_a_seed_out_of_range_leaves_the_model_alone(world, base):
+    with pytest.raises(ValueError, match=r"LoHpConfig: `seed` must be in 0..2\*\*63 - 1, got -1"):
+        configuration(world, seed=-1)
+
+
+def test_variants_that_change_base_weights_are_refused_first(world, base):
+    kasa = pytest.importorskip("peft.tuners.lora").__dict__.get("KasaConfig")
+    if kasa is None:
+        pytest.skip("this PEFT has no KaSA")
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(ValueError, match="kasa_config makes another update, or other base weights"):
+        get_peft_model(base, configuration(world, kasa_config=kasa()))
+    assert all(tensor.equal(before[name]) for name, tensor in base.state_dict().items())

@@ -19,14 +19,15 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.warning import PeftWarning
-from transformers import BertModel
+from transformers import BertModel, DebertaV2Config, DebertaV2ForSequenceClassification, DebertaV2Model
 
 import lohp_peft
 import tiny_world as tiny
 from lohp_peft import GenerationConfig, LoHpConfig, LoHpModel, generate_adapter, initialize_lohp_weights
 from lohp_peft.adapters import injected
-from lohp_peft.adapters.writing import classifier_columns
+from lohp_peft.adapters.classifier import classifier_columns
 from lohp_peft.config import generation_record
+from lohp_peft.hub import check_fingerprint, push_folder
 from lohp_peft.registration import ensure_peft_type
 from lohp_peft.tasks import Examples, solve_head
 
@@ -687,3 +688,66 @@ def test_classes_without_examples_are_named(policy, tokenizer):
     more = Examples(examples.texts, examples.labels, (*examples.label_names, "other"))
     with pytest.warns(UserWarning, match="There are no examples of other, which will not be predicted"):
         generate_adapter(policy, tiny.build_bert(), tokenizer, more, RAW)
+
+
+def test_trainable_tokens_of_another_adapter(policy_folder, tokenizer, batch):
+    """PEFT's layer of trained tokens raises for adapters that have none."""
+    model = get_peft_model(tiny.build_bert(), LoHpConfig(policy=policy_folder, trainable_token_indices=[5, 6]))
+    model.add_adapter("plain", LoHpConfig(policy=policy_folder))
+    for name in ("plain", "default"):
+        model.set_adapter(name)
+        model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
+    hidden(model, batch)
+    assert all(update.any() for name in ("plain", "default") for update in updates(model, name).values())
+
+
+def test_a_combination_tells_what_its_parts_share_and_whether_they_were_trained(policy_folder, tokenizer, tmp_path):
+    model = get_peft_model(tiny.build_bert(), LoHpConfig(policy=policy_folder, task_type="FEATURE_EXTRACTION"))
+    model.add_adapter("other", LoHpConfig(policy=policy_folder, task_type="FEATURE_EXTRACTION"))
+    for name in ("default", "other"):
+        model.generate_adapter(ROWS, tokenizer=tokenizer, adapter_name=name, config=RAW)
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "fresh", combination_type="svd")
+    next(p for n, p in model.named_parameters() if "lora_B.other" in n).data.add_(1)
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "trained", combination_type="svd")
+    model.save_pretrained(tmp_path)
+    told = {n: json.loads((tmp_path / n / "lohp_provenance.json").read_text()) for n in ("fresh", "trained")}
+    for record in told.values():
+        assert record["base_model"] == "someone/tiny"
+        assert record["base_fingerprint"] == record["default"]["base_fingerprint"]
+        assert record["gradient_steps"] == 0
+    assert "weights_changed" not in told["fresh"]
+    assert told["trained"]["weights_changed"] is True
+    for name in told:
+        push_folder(tmp_path / name, "me/both", dry_run=True)
+        check_fingerprint(tmp_path / name, tiny.build_bert())
+
+
+def test_a_policy_may_be_a_path(policy_folder, tokenizer):
+    made = generate_adapter(Path(policy_folder), tiny.build_bert(), tokenizer, ROWS, RAW)
+    assert made.report.policy["name"] == policy_folder
+    model = get_peft_model(tiny.build_bert(), LoraConfig(r=2, target_modules=tiny.TARGETS["bert"]))
+    initialize_lohp_weights(model, Path(policy_folder), ROWS, tokenizer=tokenizer, config=RAW)
+    assert all(update.any() for update in updates(model).values())
+
+
+def test_parts_before_the_classifier_that_are_not_saved_are_named(tokenizer, tmp_path):
+    """Their weights are nobody's but this model's: a classifier solved behind them is worth nothing on others."""
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = DebertaV2Config(vocab_size=len(tiny.WORDS), initializer_range=0.3, pad_token_id=0, **size)
+    torch.manual_seed(0)
+    DebertaV2Model(config).save_pretrained(tmp_path / "base")
+    build = lambda: DebertaV2ForSequenceClassification.from_pretrained(tmp_path / "base").eval()  # noqa: E731
+    tiny.build_policy(build(), targets=["value_proj"]).save_pretrained(tmp_path / "policy")
+    options = {"policy": str(tmp_path / "policy"), "task_type": "SEQ_CLS"}
+    texts = tokenizer([row["text"] for row in ROWS], padding=True, return_tensors="pt")
+    for saved, warns in ((None, True), (["pooler"], False)):
+        model = get_peft_model(build(), LoHpConfig(**options, modules_to_save=saved))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model.generate_adapter(ROWS, tokenizer=tokenizer, config=RAW)
+        messages = [str(w.message) for w in told if "modules_to_save=['pooler']" in str(w.message)]
+        assert bool(messages) == warns
+        model.eval().save_pretrained(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(build(), tmp_path / "adapter").eval()
+        same = torch.allclose(logits(loaded, texts), logits(model, texts), atol=1e-5)
+        assert same != warns

@@ -16,7 +16,7 @@ from lohp_peft import (
     evaluate_tasks,
     initialize_lohp_weights,
 )
-from lohp_peft.adapters.writing import classifier_features, classifier_linear
+from lohp_peft.adapters.classifier import classifier_features, classifier_linear
 from lohp_peft.candidates import TOO_FEW_TO_COMPARE
 from lohp_peft.generating import _batches
 from lohp_peft.generation import as_trained, encoder_for, generate_adapter, generate_adapters

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,8 +26,9 @@ def load_task(data_path: str) -> Task:
     if Path(data_path).is_file():
         return Task.from_jsonl(data_path)
     data = load_dataset(data_path)
-    rows = [{**row, "split": split} for split in ("train", "test") for row in data[split]]
-    return Task(data_path, Examples.from_rows(rows), tuple(row["split"] for row in rows))
+    rows = concatenate_datasets([data["train"], data["test"]])  # whose classes keep their names
+    splits = tuple(split for split in ("train", "test") for _ in range(len(data[split])))
+    return Task(data_path, Examples.from_rows(rows), splits)
 
 
 def train_model(

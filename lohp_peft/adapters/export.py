@@ -26,6 +26,17 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
 PROVENANCE_FILE = "lohp_provenance.json"
 DIGEST_KEY = "weights_sha256"
+SHARED_KEYS = (
+    "policy",
+    "revision",
+    "preset",
+    "base_model",
+    "base_fingerprint",
+    "label_names",
+    "pooling",
+    "max_length",
+)
+"""What is told of a combination of adapters where it is the same for all of them."""
 """Entry of the provenance: `lora_digest` of the weights that it tells of."""
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 Fingerprints = Mapping[torch.dtype, frozenset[str]]
@@ -68,7 +79,7 @@ class GenerationRecord:
                     f"Neither head nor provenance is saved in {folder}: only weights in {WEIGHTS_FILE} can be compared with "
                     "those that were generated. Save with `safe_serialization=True`.",
                 )
-            if not _holds(saved.values(), self.weights):
+            if not holds(saved.values(), self.weights):
                 if not any(tensor.any() for name, tensor in saved.items() if ".lora_B" in name):
                     remove_record(folder)
                     return
@@ -131,7 +142,13 @@ def tells_of_other_weights(folder: str | os.PathLike) -> bool:
     return told is not None and told != lora_digest(read_tensors(weights)[0])
 
 
-def _holds(tensors: Iterable[Tensor], weights: Fingerprints) -> bool:
+def holds(tensors: Iterable[Tensor], weights: Fingerprints) -> bool:
+    """Whether the weights of these fingerprints are among the tensors, in one of the types.
+
+    Args:
+        tensors: The tensors.
+        weights: From `fingerprints`.
+    """
     found = fingerprints(tensors, exact=True)
     return any(digests <= found[dtype] for dtype, digests in weights.items())
 
@@ -239,6 +256,9 @@ def unsupported_options(config: LoraConfig) -> list[str]:
     init, problems = config.init_lora_weights, []
     if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
         problems.append(f"init_lora_weights={init!r} changes the base weights")
+    for name in ("kasa_config", "velora_config", "monteclora_config"):
+        if getattr(config, name, None) is not None:
+            problems.append(f"{name} makes another update, or other base weights")
     if config.layer_replication:
         problems.append("layer_replication makes another base model")
     if config.lora_bias:
@@ -321,6 +341,27 @@ def provenance_of(
     if report["abstained"]:
         provenance["reason"] = report["reason"].rstrip(".")
     return provenance
+
+
+def combined_provenance(
+    weights: Mapping[str, float], parts: Mapping[str, GenerationRecord], changed: bool
+) -> dict[str, Any]:
+    """What is told of a combination of adapters: what holds of all generated parts, and what was told of each.
+
+    Args:
+        weights: Of every part in the combination.
+        parts: The records of those that were generated.
+        changed: Whether one of these has other weights than it was generated with.
+    """
+    told = {name: dict(record.provenance) for name, record in parts.items()}
+    first = next(iter(told.values()))
+    shared = {
+        key: first[key] for key in SHARED_KEYS if key in first and all(x.get(key) == first[key] for x in told.values())
+    }
+    steps = max(int(x.get("gradient_steps") or 0) for x in told.values())
+    changed = changed or any(x.get("weights_changed") for x in told.values())
+    about = {"combined": dict(weights), "gradient_steps": steps, **({"weights_changed": True} if changed else {})}
+    return {**told, **shared, **about}
 
 
 def _without_path(name: str) -> str:

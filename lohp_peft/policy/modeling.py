@@ -231,12 +231,17 @@ class LoHpPolicy(PreTrainedModel):
 
         Raises:
             OSError: When it cannot be written; an earlier policy is still there unless files were taking its place already.
+            ValueError: When the weights would be in several files, which are not read.
         """
+        if not kwargs.get("is_main_process", True):
+            return
         tensors, folder = self.space.to_tensors(), Path(save_directory)
         new = folder / NEW_FOLDER
         shutil.rmtree(new, ignore_errors=True)
         try:
             super().save_pretrained(new, **kwargs)
+            if not (new / WEIGHTS_FILE).exists():
+                raise ValueError(f"A policy's weights are one file, {WEIGHTS_FILE}; leave `max_shard_size` out.")
             save_file(tensors, new / SPACE_FILE)
             if self.reference_set is not None:
                 tensors, metadata = self.reference_set.to_tensors()

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from lohp_peft.fields import document_fields, take_whole_numbers
+from lohp_peft.fields import check_switches, document_fields, take_whole_numbers
 from lohp_peft.policy.config import NUM_HEADS
 from lohp_peft.tasks.heads import HEADS
 
@@ -90,6 +90,7 @@ class PolicyLearningConfig:
 
     def __post_init__(self) -> None:
         take_whole_numbers(self)
+        check_switches(self)
         problems = []
         choices_of = {"preset": PRESETS, "mode": MODES, "reference": REFERENCES, "head": HEADS}
         choices_of["mixed_precision"] = ("no", "bf16")

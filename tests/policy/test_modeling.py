@@ -339,3 +339,14 @@ def test_dropout_is_by_item_only_where_it_is_asked_for(policy):
         assert all(layer.generators is generators for layer in layers)
     assert layers
     assert all(layer.generators is None for layer in layers)
+
+
+def test_weights_in_several_files_are_refused_before_an_earlier_policy_is_touched(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(
+        ValueError, match="A policy's weights are one file, model.safetensors; leave `max_shard_size` out"
+    ):
+        policy.save_pretrained(tmp_path, max_shard_size=1000)
+    policy.save_pretrained(tmp_path, is_main_process=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
