@@ -15,7 +15,7 @@ from lohp_peft.adapters import AdapterLayout
 
 WORDS = 32
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
-TEXT = {**SIZES, "vocab_size": WORDS, "max_position_embeddings": 128, "initializer_range": 0.3, "pad_token_id": 0}
+TEXT = {**SIZES, "vocab_size": WORDS, "max_position_embeddings": 130, "initializer_range": 0.3, "pad_token_id": 0}
 DECODER = {**TEXT, "num_key_value_heads": 2, "head_dim": 4}  # grouped queries: v_proj is narrower than q_proj
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 DEBERTA = {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0}
