@@ -9,7 +9,9 @@ from huggingface_hub import DatasetCardData
 
 from lohp_peft.cards.markdown import base_link, entries_table, pinned, read_json, render, table
 
+_ENTRIES = ("base_model_name", "base_fingerprint", "space_kind", "space_r", "layout", "metadata", "shards")
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"))
+_RESTORE = "Restore it; `TrajectoryDataset.open` lists all that is wrong with it."
 
 
 def trajectory_card(
@@ -86,12 +88,19 @@ def trajectory_card_of(
         The card in Markdown, for `write_card`.
 
     Raises:
-        ValueError: When the folder holds no readable manifest.
+        ValueError: When the folder holds no readable manifest, or entries of it are missing or of another kind.
     """
     folder = Path(folder)
     manifest = read_json(folder, "manifest.json", "a folder of trajectories")
+    if lacking := [key for key in _ENTRIES if key not in manifest]:
+        raise ValueError(f"{folder / 'manifest.json'} is damaged, it lacks {lacking}. {_RESTORE}")
     title = name or folder.resolve().name
-    return trajectory_card(manifest, name=title, location=location, licences=licences, license=license)
+    try:
+        return trajectory_card(manifest, name=title, location=location, licences=licences, license=license)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'manifest.json'} is damaged, an entry is missing or of another kind: {error!r}. {_RESTORE}"
+        ) from error
 
 
 def _task_table(runs: list[Mapping[str, Any]], licences: Mapping[str, str]) -> str:

@@ -28,6 +28,7 @@ from lohp_peft.cards import (
     policy_card_of,
     trajectory_card_of,
 )
+from lohp_peft.hub import push_folder
 
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
 CONFIG = {
@@ -196,10 +197,36 @@ def test_card_of_no_trajectories(tmp_path):
         trajectory_card_of(tmp_path)
 
 
-def test_only_the_hub_has_commits(tmp_path):
-    manifest = {"base_model_name": BASE, "base_fingerprint": "5", "space_kind": "core", "space_r": 8}
-    manifest |= {"layout": {"modules": []}, "metadata": {}, "shards": {}}
+MANIFEST = {
+    "format": "lohp_peft.trajectories",
+    "base_model_name": BASE,
+    "base_fingerprint": "5",
+    "space_kind": "core",
+    "space_r": 8,
+    "layout": {"modules": []},
+    "metadata": {},
+    "shards": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "told"),
+    [
+        ({"format": MANIFEST["format"], "base_model_name": BASE}, "lacks .*'base_fingerprint', .*'shards'"),
+        ({**MANIFEST, "shards": {"a": {"trajectories": [{"task": "a"}]}}}, r"KeyError\('states'\)"),
+        ({**MANIFEST, "layout": []}, "TypeError"),
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path, manifest, told):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"manifest\.json is damaged.*{told}"):
+        trajectory_card_of(tmp_path)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        push_folder(tmp_path, "me/runs", dry_run=True)
+
+
+def test_only_the_hub_has_commits(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
     card = trajectory_card_of(tmp_path, name="runs")
     assert 'from_pretrained("runs", base_model' in card
     card = trajectory_card_of(tmp_path, name="runs", location="me/runs")
