@@ -409,6 +409,15 @@ def test_a_policy_on_the_hub_is_recorded_with_its_commit(policy, encoder, tmp_pa
     assert (provenance["policy"], provenance["revision"]) == ("me/mine", revision)
 
 
+def test_a_folder_with_an_at_sign_is_recorded_by_its_own_name(generate, tmp_path, monkeypatch):
+    (made,) = generate(SUPPORTS[:1])
+    (tmp_path / "user@host" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("user@host/mine", str(tmp_path / "user@host" / "mine"), "/gone/user@host/mine"):
+        provenance = made.record(policy_name=name).provenance
+        assert (provenance["policy"], provenance["revision"]) == ("mine", None), name
+
+
 @pytest.mark.parametrize("how", ["transformers", "unwrapped", "compiled"])
 def test_an_adapter_that_is_held_in_another_way_does_not_count_either(how, generate, policy, encoder):
     (expected,) = generate(SUPPORTS[:1])

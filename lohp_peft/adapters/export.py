@@ -318,7 +318,9 @@ def provenance_of(
         policy_name: Name the policy was asked for by; that of its folder by default.
     """
     policy = report["policy"]
-    name, _, revision = str(policy_name or policy["name"] or "in memory").partition("@")
+    name, revision = str(policy_name or policy["name"] or "in memory"), ""
+    if not _is_folder(name):
+        name, _, revision = name.partition("@")
     scores = {c["name"]: _finite(c["score"]) for c in report["candidates"]}
     provenance = {
         "policy": _without_path(name),
@@ -366,7 +368,12 @@ def combined_provenance(
 
 def _without_path(name: str) -> str:
     """A folder's own name: where it lies on this machine is nobody's business."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    return Path(name).name if _is_folder(name) else name
+
+
+def _is_folder(name: str) -> bool:
+    """Whether it names a place on this machine rather than a repository; one that is gone is known by an absolute path."""
+    return Path(name).is_absolute() or Path(name).exists()
 
 
 def _finite(score: float | None) -> float | None:
