@@ -152,8 +152,8 @@ def adapter_card_of(
 def public_base_model(folder: str | os.PathLike, *, write: bool = False) -> str | None:
     """The name of an adapter's base model, on the Hub where it is known.
 
-    A folder of this machine gives way to the policy's base model, whose fingerprint the generation has compared with it; not
-    to a name without owner, which may be that of a folder too.
+    Where it came from gives way to the policy's base model, whose fingerprint the generation has compared with it, for a relative
+    folder may be spelled like a repository; not to a name without owner, which may be that of a folder too.
 
     Args:
         folder: Folder with `adapter_config.json` and, where it exists, `lohp_provenance.json`.
@@ -174,7 +174,7 @@ def public_base_model(folder: str | os.PathLike, *, write: bool = False) -> str 
 def _base_model(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> Any:
     name, recorded = config.get(BASE_KEY), str(provenance.get("base_model"))
     known = provenance.get("base_fingerprint") and "/" in recorded and is_hub_id(recorded)
-    return recorded if known and name and not is_hub_id(name) else name
+    return recorded if known and name else name
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

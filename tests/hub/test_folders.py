@@ -11,6 +11,7 @@ from transformers import BertForSequenceClassification, BertModel
 import tiny_world as tiny
 from hub.conftest import BASE as TINY
 from lohp_peft import GenerationConfig, LoHpConfig, initialize_lohp_weights, to_plain_lora
+from lohp_peft.cards import adapter_card_of, public_base_model
 from lohp_peft.hub import check_folder, find_policy, find_trajectories, pull_folder, push_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -153,6 +154,15 @@ def test_peft_finds_the_base_model_of_a_published_adapter(hub, base_folder, poli
     loaded = AutoPeftModelForFeatureExtraction.from_pretrained("me/my-task", revision=commit)
     assert loaded.peft_config["default"].base_model_name_or_path == TINY
     assert torch.equal(loaded.eval()(**batch).last_hidden_state, wanted)
+
+
+def test_a_relative_folder_of_the_base_model_is_not_published_as_a_repository(adapter):
+    """Spelled like a repository, it is known as a folder only where it lies."""
+    (adapter / "lohp_provenance.json").write_text(json.dumps({"base_model": TINY, "base_fingerprint": "5" * 64}))
+    for name, expected in (("models/enc", TINY), (TINY, TINY), (None, None)):
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+        assert public_base_model(adapter) == expected
+        assert (f"base_model: {TINY}" in adapter_card_of(adapter)) == (expected == TINY)
 
 
 @pytest.mark.parametrize("changes", [{"base_fingerprint": ""}, {"base_model_name": "tiny"}, {"base_model_name": ""}])
