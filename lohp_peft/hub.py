@@ -167,7 +167,8 @@ def pull_folder(
             they are read or whose paths lead elsewhere, or of `local_dir` that are others than the commit's, before anything
             is fetched; when the commit holds no readable file; listing all that differ from what the commit holds; or when
             `base_model` is not the recorded one, naming both.
-        RuntimeError: When the Hub refuses or cannot be reached.
+        RuntimeError: When the Hub refuses or cannot be reached; then `local_dir` is taken only with files that its client has noted
+            as those of the commit.
     """
     if _COMMIT.fullmatch(revision) is None:
         raise ValueError(
@@ -177,9 +178,11 @@ def pull_folder(
     with _told_clearly(f"Fetching {repo_id} at {revision} failed"):
         files = _list_files(repo_id, revision, repo_type, token)
         wanted = None if files is None else _readable(repo_id, files)
-        if local_dir is not None and wanted is not None:
+        if wanted is None and local_dir is not None and any(Path(local_dir).glob("*")):
+            wanted = _noted(Path(local_dir), revision, repo_type)
+        if wanted is not None and local_dir is not None:
             wanted = _not_here(Path(local_dir), wanted, f"{repo_id} at {revision}", repo_type)
-        if local_dir is not None and (any(Path(local_dir).glob("*")) if wanted is None else not wanted):
+        if wanted is not None and not wanted:
             folder = str(local_dir)
         else:
             every = [*(f"*{suffix}" for suffix in SAFE_SUFFIXES), *SAFE_NAMES]
@@ -192,7 +195,7 @@ def pull_folder(
                 cache_dir=cache_dir,
                 token=token,
             )
-    damaged = [name for name, file in (wanted or {}).items() if not _arrived(Path(folder) / name, file)]
+    damaged = [name for name, digest in (wanted or {}).items() if not _arrived(Path(folder) / name, digest)]
     if damaged:
         raise ValueError(
             f"{len(damaged)} files of {repo_id} are not what commit {revision} holds: {', '.join(damaged)}. "
@@ -291,8 +294,8 @@ def _list_files(repo_id: str, revision: str, repo_type: str, token: str | None) 
         return None
 
 
-def _readable(repo_id: str, files: dict[str, RepoFile]) -> dict[str, RepoFile]:
-    """The files of a repository that are fetched.
+def _readable(repo_id: str, files: dict[str, RepoFile]) -> dict[str, str]:
+    """The digests of the files of a repository that are fetched: SHA-256 of large files, git's SHA-1 of others.
 
     Raises:
         ValueError: Listing every file that runs code when it is read or leads elsewhere; when none is left.
@@ -308,20 +311,43 @@ def _readable(repo_id: str, files: dict[str, RepoFile]) -> dict[str, RepoFile]:
             f"{repo_id} is not fetched, because it holds {len(problems)} unsafe files: {', '.join(problems)}. "
             "Ask its owner for a commit with safetensors only."
         )
-    kept = {name: file for name, file in files.items() if is_safe(Path(name))}
+    kept = {name: file.lfs.sha256 if file.lfs else file.blob_id for name, file in files.items() if is_safe(Path(name))}
     if not kept:
         raise ValueError(f"{repo_id} is not fetched, because it holds no {', '.join(SAFE_SUFFIXES)} file.")
     return kept
 
 
-def _not_here(folder: Path, files: dict[str, RepoFile], what: str, repo_type: str) -> dict[str, RepoFile]:
+def _noted(folder: Path, revision: str, repo_type: str) -> dict[str, str]:
+    """The digests of a commit's files, see `_readable`, as the Hub's client has noted them beside those that it fetched.
+
+    Raises:
+        RuntimeError: When it has noted none; listing those that are gone, and those of a published kind that it has not noted, but
+            for shards of trajectories, which may be appended.
+    """
+    notes, digests = folder / ".cache" / "huggingface" / "download", {}
+    for path in notes.rglob("*.metadata"):
+        commit, digest, *_ = [*path.read_text(errors="replace").splitlines(), "", ""]
+        if commit == revision:
+            digests[path.relative_to(notes).as_posix().removesuffix(".metadata")] = digest
+    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and is_safe(path)}
+    read = {name for name in here if not name.startswith((".", "shards/") if repo_type == "dataset" else ".")}
+    unknown = sorted({*(read - digests.keys()), *(digests.keys() - here)})
+    if unknown or not digests:
+        raise RuntimeError(
+            f"{folder} cannot be compared offline with the commit; files that the Hub's client has not noted as its own, or that "
+            f"are gone: {', '.join(unknown) or 'all'}. Connect and fetch it once, or choose an empty folder."
+        )
+    return digests
+
+
+def _not_here(folder: Path, files: dict[str, str], what: str, repo_type: str) -> dict[str, str]:
     """Those of a commit's files that a folder lacks. Appending to trajectories changes their manifest and, published, their card.
 
     Raises:
         ValueError: Listing all files of the folder in whose place the commit has others.
     """
-    lacking = {name: file for name, file in files.items() if not (folder / name).exists()}
-    others = [name for name, file in files.items() if name not in lacking and not _arrived(folder / name, file)]
+    lacking = {name: digest for name, digest in files.items() if not (folder / name).exists()}
+    others = [name for name, digest in files.items() if name not in lacking and not _arrived(folder / name, digest)]
     if others and (lacking or repo_type != "dataset" or set(others) - {"manifest.json", "README.md"}):
         raise ValueError(
             f"{folder} holds {len(others)} files that are not those of {what}, and nothing was fetched over them: "
@@ -337,12 +363,12 @@ def _text_of(path: Path) -> str:
         raise ValueError(f"{path} is no text in UTF-8 ({error}); save it as such.") from error
 
 
-def _arrived(path: Path, file: RepoFile) -> bool:
-    """Whether a file is what the Hub knows it by: SHA-256 of large files, git's SHA-1 of others."""
+def _arrived(path: Path, digest: str) -> bool:
+    """Whether a file is what the Hub knows by a digest, see `_readable`."""
     data = path.read_bytes()
-    if file.lfs is not None:
-        return sha256(data) == file.lfs.sha256
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == file.blob_id
+    if len(digest) == len(sha256(b"")):
+        return sha256(data) == digest
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == digest
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -378,6 +379,35 @@ def test_offline_the_cache_answers(hub, made, monkeypatch):
     assert len(hub.requests) == asked
     with pytest.raises(RuntimeError, match="Fetching me/other"):
         pull_folder("me/other", revision=commit)
+
+
+def test_offline_only_what_was_fetched_at_the_commit_is_taken(hub, made, recordings, tmp_path, monkeypatch):
+    """As the client has noted beside the files, with their digests; appended recordings are no matter."""
+    commit, runs = made.push_to_hub("me/my-task").commit, recordings.push_to_hub("me/runs").commit
+    later = hub.publish("me/my-task", {"lohp_provenance.json": b"{}"})
+    here, mine, empty = (tmp_path / name for name in ("here", "mine", "empty"))
+    pull_folder("me/my-task", revision=commit, local_dir=here)
+    fetched = TrajectoryDataset.from_pretrained(f"me/runs@{runs}")
+    made.save_pretrained(mine)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert pull_folder("me/my-task", revision=commit, local_dir=here) == here
+    for folder, revision in ((here, later), (mine, commit)):
+        with pytest.raises(RuntimeError, match="cannot be compared offline.* lohp_provenance.json.*fetch it once"):
+            pull_folder("me/my-task", revision=revision, local_dir=folder)
+    with pytest.raises(RuntimeError, match="Fetching me/my-task"):
+        pull_folder("me/my-task", revision=commit, local_dir=empty)
+    shutil.rmtree(mine)
+    (mine / ".cache").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match="cannot be compared offline.* all. Connect"):
+        pull_folder("me/my-task", revision=commit, local_dir=mine)
+    (here / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="not those of me/my-task at .*adapter_config.json"):
+        pull_folder("me/my-task", revision=commit, local_dir=here)
+    (here / "adapter_config.json").unlink()
+    with pytest.raises(RuntimeError, match="cannot be compared offline.* adapter_config.json"):
+        pull_folder("me/my-task", revision=commit, local_dir=here)
+    fetched.append("mine", list(fetched)[:1])
+    assert TrajectoryDataset.from_pretrained(f"me/runs@{runs}").keys() == ["mine", "mood", "topic"]
 
 
 def test_where_the_hub_cannot_be_reached_the_cache_answers(hub, made, monkeypatch):
