@@ -17,6 +17,7 @@ from lohp_peft.cards.markdown import (
     render,
     score_table,
 )
+from lohp_peft.cards.ownership import marked
 
 ADAPTER_FILE = "adapter_config.json"
 BASE_KEY = "base_model_name_or_path"
@@ -129,7 +130,7 @@ def adapter_card_of(
         license: See `adapter_card`.
 
     Returns:
-        The card in Markdown, for `write_card`.
+        The card in Markdown, for `write_card`; marked as ours unless it has scores, which no folder holds.
 
     Raises:
         ValueError: When the folder holds no readable `adapter_config.json`.
@@ -138,7 +139,7 @@ def adapter_card_of(
     config, provenance = _read(folder)
     if tells_of_other_weights(folder):
         provenance["weights_changed"] = True
-    return adapter_card(
+    card = adapter_card(
         config,
         provenance,
         name=name or folder.resolve().name,
@@ -147,6 +148,7 @@ def adapter_card_of(
         scores=scores,
         license=license,
     )
+    return card if scores else marked(card)
 
 
 def public_base_model(folder: str | os.PathLike, *, write: bool = False) -> str | None:

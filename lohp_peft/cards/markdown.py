@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import CardData, ModelCardData
 
 from lohp_peft import files
+from lohp_peft.cards.ownership import CARD_FILE
 
 CONTROLS_NOTE = (
     "The controls change only what the policy is conditioned on: the wrong task's examples, or the right examples with "
@@ -98,7 +99,7 @@ def render(template: str, metadata: CardData, **values: str) -> str:
 
 
 def write_card(folder: str | os.PathLike, card: str) -> Path:
-    """Write a card into `README.md` of the folder that it is of.
+    """Write a card into `README.md` of the folder that it is of, whatever lies there.
 
     Args:
         folder: The folder.
@@ -107,7 +108,7 @@ def write_card(folder: str | os.PathLike, card: str) -> Path:
     Returns:
         The path of the card.
     """
-    path = Path(folder) / "README.md"
+    path = Path(folder) / CARD_FILE
     path.write_text(card, encoding="utf-8")
     return path
 

@@ -16,6 +16,7 @@ from lohp_peft.cards.markdown import (
     score_table,
     table,
 )
+from lohp_peft.cards.ownership import marked
 
 
 def policy_card(
@@ -93,7 +94,7 @@ def policy_card_of(
         license: See `policy_card`.
 
     Returns:
-        The card in Markdown, for `write_card`.
+        The card in Markdown, for `write_card`; marked as ours unless it has results, usage or limits, which no folder holds.
 
     Raises:
         ValueError: When the folder holds no readable `config.json`.
@@ -104,7 +105,7 @@ def policy_card_of(
     named = mapping(provenance.pop("training_tasks", None), "training_tasks in the provenance")
     tasks = [{"name": task, **mapping(about, f"training task {task!r}")} for task, about in named.items()]
     shape = {key: config.get(key) for key in ("preset", "space_kind", "r", "policy_steps", "pooling", "max_length")}
-    return policy_card(
+    card = policy_card(
         {**shape, "training tasks": len(tasks), **provenance, "base_fingerprint": config.get("base_fingerprint")},
         name=name or folder.resolve().name,
         base_model=config.get("base_model_name"),
@@ -115,6 +116,7 @@ def policy_card_of(
         limits=limits,
         license=license,
     )
+    return card if results or usage or limits else marked(card)
 
 
 def _task_row(task: Mapping[str, Any]) -> tuple[str, str, str]:

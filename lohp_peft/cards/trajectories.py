@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import DatasetCardData
 
 from lohp_peft.cards.markdown import base_link, entries_table, pinned, read_json, render, table
+from lohp_peft.cards.ownership import marked
 
 _ENTRIES = ("base_model_name", "base_fingerprint", "space_kind", "space_r", "layout", "metadata", "shards")
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"))
@@ -85,7 +86,7 @@ def trajectory_card_of(
         license: See `trajectory_card`.
 
     Returns:
-        The card in Markdown, for `write_card`.
+        The card in Markdown, for `write_card`; marked as ours unless it has licences of texts, which no folder holds.
 
     Raises:
         ValueError: When the folder holds no readable manifest, or entries of it are missing or of another kind.
@@ -96,11 +97,12 @@ def trajectory_card_of(
         raise ValueError(f"{folder / 'manifest.json'} is damaged, it lacks {lacking}. {_RESTORE}")
     title = name or folder.resolve().name
     try:
-        return trajectory_card(manifest, name=title, location=location, licences=licences, license=license)
+        card = trajectory_card(manifest, name=title, location=location, licences=licences, license=license)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder / 'manifest.json'} is damaged, an entry is missing or of another kind: {error!r}. {_RESTORE}"
         ) from error
+    return card if licences else marked(card)
 
 
 def _task_table(runs: list[Mapping[str, Any]], licences: Mapping[str, str]) -> str:

@@ -24,6 +24,7 @@ from transformers import (
 from lohp_peft.cards import (
     adapter_card,
     adapter_card_of,
+    is_ours,
     policy_card,
     policy_card_of,
     trajectory_card_of,
@@ -195,6 +196,19 @@ def test_policy_card():
 def test_card_of_no_trajectories(tmp_path):
     with pytest.raises(ValueError, match=r"manifest\.json"):
         trajectory_card_of(tmp_path)
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_our_mark(tmp_path, line_end):
+    """It holds whatever the metadata say, until somebody edits the text; what no folder tells keeps a card from having it."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+    card = adapter_card_of(tmp_path, license="mit").replace("\n", line_end)
+    assert re.fullmatch(r"<!-- lohp_peft card [0-9a-f]{64} -->", card.splitlines()[-1])
+    assert is_ours(card)
+    assert is_ours(card.replace("license: mit", "license: cc0-1.0"))
+    assert not is_ours(card.replace("## Limits", "## Known limits"))
+    assert not is_ours(card + "Mine.")
+    assert not is_ours(adapter_card_of(tmp_path, scores={"none": {"accuracy": 0.6}}))
 
 
 MANIFEST = {
