@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
@@ -23,7 +22,9 @@ from lohp_peft.adapters.injection import evaluating
 from lohp_peft.adapters.layout import base_model_fingerprint, base_of
 from lohp_peft.adapters.writing import only_active
 from lohp_peft.candidates import Candidate, CandidateSet, Choice, GenerationConfig
-from lohp_peft.cards import adapter_card_of, write_card
+from lohp_peft.cards import write_card
+from lohp_peft.cards.ownership import is_replaced, metadata_of, read_card
+from lohp_peft.cards.renewal import renewed_card
 from lohp_peft.hub import PushReport, find_policy, push_folder
 from lohp_peft.policy import LoHpPolicy
 from lohp_peft.tasks import Head, TaskFeatures, TextEncoder, tokenizer_problems
@@ -118,7 +119,7 @@ class GeneratedAdapter:
         task_type: str | None = "FEATURE_EXTRACTION",
         uniform: bool = False,
     ) -> None:
-        """Write the adapter as a plain LoRA, with its provenance and a model card.
+        """Write the adapter as a plain LoRA, with its provenance and a model card where somebody's own does not lie already.
 
         Args:
             folder: Folder to write.
@@ -127,12 +128,14 @@ class GeneratedAdapter:
             uniform: Leave out `head.safetensors`, for servers that know LoRA only.
 
         Raises:
-            ValueError: For the task type of a model with a head, in which the modules have other names.
+            ValueError: For the task type of a model with a head, in which the modules have other names; or when a card is there
+                that is no text in UTF-8.
         """
-        config = self._lora_config(base_model_name, task_type)
+        config, card = self._lora_config(base_model_name, task_type), read_card(folder)
         identity = self.report.chosen == "none"
         save_plain_lora(folder, self.lora, config, record=self.record(head=not uniform), allow_identity=identity)
-        write_card(folder, adapter_card_of(folder))
+        if is_replaced(card):
+            write_card(folder, renewed_card("adapter", folder, metadata_of(card)))
 
     def to_tensors(
         self, base_model_name: str | None = None, task_type: str | None = "FEATURE_EXTRACTION"
@@ -185,7 +188,6 @@ class GeneratedAdapter:
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, base_model_name, task_type, uniform)
-            (Path(folder) / "README.md").unlink()  # written anew, under the name of the repository
             return push_folder(folder, repo_id, **kwargs)
 
 
