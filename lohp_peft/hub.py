@@ -4,18 +4,23 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, RepoFile, constants, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from lohp_peft.adapters import base_model_fingerprint
-from lohp_peft.cards import CARD_OF, is_hub_id, public_base_model, write_card
+from lohp_peft.cards import is_hub_id, public_config
+from lohp_peft.cards.ownership import CARD_FILE, is_replaced, metadata_of, read_card
+from lohp_peft.cards.renewal import renewed_card
 from lohp_peft.files import read_json, sha256
 from lohp_peft.folders import SAFE_NAMES, SAFE_SUFFIXES, adapters_in, check_folder, is_safe, owned_by
 
@@ -35,7 +40,6 @@ SHIPPED_POLICIES = {"shipped": "minilm-text"}
 """Policies inside the package, by the name that finds them."""
 _ON_THE_HUB = "owner/name@commit with a commit hash of 40 hexadecimal digits"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_EMPTY_CARD = "# Model Card for Model ID"
 _FINGERPRINT_FILES = ("lohp_provenance.json", "manifest.json", "config.json")
 
 
@@ -77,8 +81,9 @@ def push_folder(
 ) -> PushReport:
     """Publish an adapter, a policy or recorded trajectories, with a card.
 
-    It is written where there is none, PEFT's empty one, or the one of a generation, which knew neither repository nor licence.
-    An adapter that was generated for a base model from a local folder names the policy's base model from here on.
+    Nothing in the folder changes. Where it has no card, PEFT's empty one or one of ours, which ends with our mark, one is sent that
+    is rendered anew; what somebody put into the metadata of that or of the card on the branch stays, such as the licence. A card
+    of somebody's own is sent as it is. An adapter that was generated for a base model from a local folder is sent with the name of the policy's.
     Of the branch, what a folder of before left of its kind and this one lacks is removed: shards of trajectories, an
     adapter's head and provenance. Everything else there stays.
 
@@ -88,9 +93,9 @@ def push_folder(
         private: Whether a created repository is private.
         branch: Branch to commit to; created when it does not exist, the default branch by default.
         commit_message: `"Upload <kind>"` by default.
-        license: Licence identifier of the Hub, for a card that is written.
+        license: Licence identifier of the Hub, for a card that is rendered; that of the earlier card by default.
         token: Access token; the stored login by default.
-        dry_run: Only check and report; nothing is written or sent.
+        dry_run: Only check and report; nothing is sent or asked, the card on the branch neither.
 
     Returns:
         What was, or would be, uploaded.
@@ -104,37 +109,41 @@ def push_folder(
         raise ValueError(f"`repo_id` must be spelled owner/name and name no local path, got {repo_id!r}.")
     kind, sizes = check_folder(folder)
     repo_type = "dataset" if kind == "trajectories" else "model"
-    path, card = Path(folder) / "README.md", None
-    written = _text_of(path) if path.exists() else _EMPTY_CARD
-    if _EMPTY_CARD in written or written == CARD_OF[kind](folder):
-        card = CARD_OF[kind](folder, name=repo_id.split("/")[1], location=repo_id, license=license)
-        sizes = dict(sorted({**sizes, path.name: len(card.encode())}.items()))
-    if card is None and license is not None:
+    written = read_card(folder)
+    sent: dict[str, Path | bytes] = {name: Path(folder) / name for name in sizes}
+    if kind == "adapter":
+        sent |= {name: public_config((Path(folder) / name).parent) for name in adapters_in(sizes)}
+    card = partial(renewed_card, kind, folder, name=repo_id.split("/")[1], location=repo_id, license=license)
+    rendered = is_replaced(written)
+    if rendered:
+        sent[CARD_FILE] = card(metadata_of(written)).encode()
+    elif license is not None:
         raise ValueError(
-            f"`license` is for a card that is written, and {path} has one; write it there: `license: {license}`."
+            f"`license` is for a card that is rendered, and {Path(folder) / CARD_FILE} is somebody's own; write it there: "
+            f"`license: {license}`."
         )
     if dry_run:
-        return PushReport(repo_id, repo_type, kind, sizes)
-    if card is not None:
-        write_card(folder, card)
-    for name in adapters_in(sizes) if kind == "adapter" else ():
-        public_base_model((Path(folder) / name).parent, write=True)
-    sizes = {name: (Path(folder) / name).stat().st_size for name in sizes}
+        return PushReport(repo_id, repo_type, kind, _sizes(sent))
     api = HfApi(token=token)
     with _told_clearly(f"Publishing {folder} to {repo_id} failed; it can be repeated"):
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
         if branch is not None:
             api.create_branch(repo_id, branch=branch, repo_type=repo_type, exist_ok=True)
-        commit = api.upload_folder(
-            folder_path=str(folder),
-            repo_id=repo_id,
+        there = api.list_repo_files(repo_id, repo_type=repo_type, revision=branch)
+        if rendered and CARD_FILE in there:
+            path = api.hf_hub_download(repo_id, CARD_FILE, repo_type=repo_type, revision=branch)
+            earlier = metadata_of(Path(path).read_text(encoding="utf-8", errors="replace"))
+            sent[CARD_FILE] = card({**earlier, **metadata_of(written)}).encode()
+        patterns = owned_by(kind, sizes)
+        stale = [name for name in there if name not in sent and any(fnmatchcase(name, p) for p in patterns)]
+        commit = api.create_commit(
+            repo_id,
+            [*starmap(CommitOperationAdd, sent.items()), *map(CommitOperationDelete, stale)],
+            commit_message=commit_message or f"Upload {kind}",
             repo_type=repo_type,
             revision=branch,
-            commit_message=commit_message or f"Upload {kind}",
-            allow_patterns=[glob.escape(name) for name in sizes],
-            delete_patterns=[name for name in owned_by(kind, sizes) if name not in sizes],
         )
-    return PushReport(repo_id, repo_type, kind, sizes, commit.oid, commit.commit_url)
+    return PushReport(repo_id, repo_type, kind, _sizes(sent), commit.oid, commit.commit_url)
 
 
 def pull_folder(
@@ -281,6 +290,10 @@ def find_trajectories(
     )
 
 
+def _sizes(sent: Mapping[str, Path | bytes]) -> dict[str, int]:
+    return {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in sorted(sent.items())}
+
+
 def _list_files(repo_id: str, revision: str, repo_type: str, token: str | None) -> dict[str, RepoFile] | None:
     """The files of a commit by their paths; `None` where the Hub cannot be reached, so that only the cache can answer."""
     if constants.HF_HUB_OFFLINE:
@@ -348,19 +361,13 @@ def _not_here(folder: Path, files: dict[str, str], what: str, repo_type: str) ->
     """
     lacking = {name: digest for name, digest in files.items() if not (folder / name).exists()}
     others = [name for name, digest in files.items() if name not in lacking and not _arrived(folder / name, digest)]
-    if others and (lacking or repo_type != "dataset" or set(others) - {"manifest.json", "README.md"}):
+    changing = {"manifest.json", CARD_FILE}
+    if others and (lacking.keys() - {CARD_FILE} or repo_type != "dataset" or set(others) - changing):
         raise ValueError(
             f"{folder} holds {len(others)} files that are not those of {what}, and nothing was fetched over them: "
             f"{', '.join(others)}. Choose an empty folder, or remove them."
         )
     return lacking
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error}); save it as such.") from error
 
 
 def _arrived(path: Path, digest: str) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lohp_peft import files
 from lohp_peft.adapters.export import DIGEST_KEY, HEAD_FILE, PROVENANCE_FILE, tells_of_other_weights
 from lohp_peft.cards.markdown import (
     base_link,
@@ -151,7 +150,7 @@ def adapter_card_of(
     return card if scores else marked(card)
 
 
-def public_base_model(folder: str | os.PathLike, *, write: bool = False) -> str | None:
+def public_base_model(folder: str | os.PathLike) -> str | None:
     """The name of an adapter's base model, on the Hub where it is known.
 
     Where it came from gives way to the policy's base model, whose fingerprint the generation has compared with it, for a relative
@@ -159,18 +158,27 @@ def public_base_model(folder: str | os.PathLike, *, write: bool = False) -> str 
 
     Args:
         folder: Folder with `adapter_config.json` and, where it exists, `lohp_provenance.json`.
-        write: Also put it into `adapter_config.json`.
 
     Raises:
         ValueError: When one of them is damaged.
     """
-    folder = Path(folder)
-    config, provenance = _read(folder)
+    return _base_model(*_read(Path(folder)))
+
+
+def public_config(folder: str | os.PathLike) -> bytes:
+    """The `adapter_config.json` of a folder as it is published: with `public_base_model`, and as it stands where it names that.
+
+    Args:
+        folder: See `public_base_model`.
+
+    Raises:
+        ValueError: See `public_base_model`.
+    """
+    config, provenance = _read(Path(folder))
     name = _base_model(config, provenance)
-    if write and name != config.get(BASE_KEY):
-        text = json.dumps({**config, BASE_KEY: name}, indent=2, sort_keys=True)  # as PEFT writes it
-        files.write_atomically(folder / ADAPTER_FILE, text.encode())
-    return name
+    if name == config.get(BASE_KEY):
+        return (Path(folder) / ADAPTER_FILE).read_bytes()
+    return json.dumps({**config, BASE_KEY: name}, indent=2, sort_keys=True).encode()  # as PEFT writes it
 
 
 def _base_model(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     branch: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
-    license: Annotated[str | None, typer.Option(help="Licence of the Hub, for a card that is written.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the Hub, for a card that is rendered.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files, send nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

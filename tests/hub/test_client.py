@@ -19,6 +19,8 @@ from peft import PeftModel, get_peft_model
 import tiny_world as tiny
 from hub.conftest import BASE
 from lohp_peft import GenerationConfig, LoHpConfig, LoHpPolicy, TrajectoryDataset
+from lohp_peft.cards import adapter_card_of, is_ours
+from lohp_peft.cards.ownership import is_empty
 from lohp_peft.cli.main import main
 from lohp_peft.hub import check_fingerprint, find_policy, pull_folder, push_folder
 
@@ -98,7 +100,9 @@ def test_trajectories(hub, recordings, tmp_path, base_model):
     report = recordings.push_to_hub("me/runs")
     assert (report.kind, report.repo_type) == ("trajectories", "dataset")
     pulled = TrajectoryDataset.from_pretrained(f"me/runs@{report.commit}", base_model=base_model)
-    assert contents(pulled.folder) == contents(recordings.folder)
+    assert {name: data for name, data in contents(pulled.folder).items() if name != "README.md"} == contents(
+        recordings.folder
+    )
     assert len(pulled) == len(recordings) == 4
     for mine, theirs in zip(recordings, pulled, strict=True):
         assert torch.equal(mine.states, theirs.states)
@@ -308,13 +312,15 @@ def test_what_arrives_is_what_the_commit_holds(hub, made, name):
     ids=["upload", "commit", "connection", "preupload"],
 )
 def test_an_interrupted_push_can_be_repeated(hub, made, tmp_path, fault, capsys):
-    made.save_pretrained(tmp_path / "adapter")
+    made.save_pretrained(tmp_path / "adapter", base_model_name=str(tmp_path))
+    before = contents(tmp_path / "adapter")
     hub.faults.append(fault)
     code, _, told = command("push", tmp_path / "adapter", "me/my-task", capsys=capsys)
     assert code == 2
     assert "Traceback" not in told
     assert "to me/my-task failed; it can be repeated" in told
     assert list(hub.files("me/my-task")) == [".gitattributes"], "half an adapter is visible"
+    assert contents(tmp_path / "adapter") == before
     report = push_folder(tmp_path / "adapter", "me/my-task")
     assert set(hub.files("me/my-task")) == ADAPTER | {".gitattributes"}
     assert hub.repositories["model", "me/my-task"].branches["main"] == report.commit
@@ -365,7 +371,7 @@ def test_a_private_policy_is_fetched_with_the_token_that_is_given(hub, policy, m
 
 def test_a_card_that_the_hub_finds_invalid(hub, made, tmp_path):
     made.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "adapter" / "README.md").write_text("---\ntags: 3\n---\n")
+    (tmp_path / "adapter" / "README.md").write_text("---\ntags: 3\n---\n# Mine\n")
     with pytest.raises(ValueError, match=r"Invalid metadata in README\.md"):
         push_folder(tmp_path / "adapter", "me/my-task")
 
@@ -436,16 +442,18 @@ def test_recordings_appended_to_a_fetched_set_survive_the_next_fetch(hub, record
     assert again.keys() == ["mine", "mood", "topic"]
     again.append("more", list(again)[:1])
     assert TrajectoryDataset.from_pretrained(name).keys() == ["mine", "mood", "more", "topic"]
-    assert TrajectoryDataset.from_pretrained(name, local_dir=recordings.folder).folder == recordings.folder
+    recordings.append("mine", list(recordings)[:1])
+    assert TrajectoryDataset.from_pretrained(name, local_dir=recordings.folder).keys() == ["mine", "mood", "topic"]
 
 
 def test_what_a_killed_fetch_left_is_completed(hub, recordings, tmp_path):
     name = f"me/runs@{recordings.push_to_hub('me/runs').commit}"
     fetched = TrajectoryDataset.from_pretrained(name, local_dir=tmp_path / "here")
+    whole = contents(fetched.folder)
     next((fetched.folder / "shards").glob("*.safetensors")).unlink()
     (fetched.folder / "weight_space.safetensors").unlink()
     again = TrajectoryDataset.from_pretrained(name, local_dir=tmp_path / "here")
-    assert contents(again.folder) == contents(recordings.folder)
+    assert contents(again.folder) == whole
 
 
 def test_a_fetch_writes_over_nothing(hub, recordings, made, tmp_path):
@@ -510,6 +518,95 @@ def test_weights_that_are_not_loaded_are_told(made, tmp_path):
         check_fingerprint(tmp_path, model)
 
 
+# Whose a card is
+
+
+def sent_card(hub, repo_id="me/mood", **kwargs) -> str:
+    return hub.files(repo_id, **kwargs)["README.md"].decode()
+
+
+def test_our_card_is_rendered_anew_at_every_push(hub, made, tmp_path):
+    folder = tmp_path / "first"
+    made.save_pretrained(folder, base_model_name=BASE)
+    assert is_ours((folder / "README.md").read_text())
+    hub.faults.append(("POST", "/commit/", 500))
+    with pytest.raises(RuntimeError, match="can be repeated"):
+        push_folder(folder, "me/typo")
+    folder = folder.rename(tmp_path / "second")
+    push_folder(folder, "me/mood", license="mit")
+    assert is_ours(sent_card(hub))
+    assert 'snapshot_download("me/mood")' in sent_card(hub)
+    provenance = json.loads((folder / "lohp_provenance.json").read_text())
+    (folder / "lohp_provenance.json").write_text(json.dumps(provenance | {"label_names": ["sad", "glad"]}))
+    push_folder(folder, "me/mood")
+    assert "| labels | sad, glad |" in sent_card(hub)
+    assert ModelCard(sent_card(hub)).data.license == "mit", "what an earlier push was given"
+
+
+def test_a_card_of_ours_does_not_outlive_a_training(hub, made, tmp_path):
+    """PEFT keeps a card that is there, changes its metadata and appends its version."""
+    made.save_pretrained(tmp_path, base_model_name=BASE)
+    model = PeftModel.from_pretrained(tiny.build_bert(), tmp_path, is_trainable=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.add_(1.0)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "head.safetensors").unlink()
+    assert "no gradient step" in (tmp_path / "README.md").read_text()
+    push_folder(tmp_path, "me/mood")
+    assert "have changed since" in sent_card(hub)
+    assert "head.safetensors" not in sent_card(hub)
+    assert "Framework versions" not in sent_card(hub)
+
+
+def test_a_policy_that_was_trained_again_has_its_own_card(hub, policy, base_model):
+    policy.push_to_hub("me/policy", license="mit")
+    tiny.build_policy(base_model, preset="lohp+path").push_to_hub("me/policy")
+    card = sent_card(hub, "me/policy")
+    assert "| preset | lohp+path |" in card
+    assert ModelCard(card).data.license == "mit"
+
+
+def test_what_somebody_put_into_the_metadata_stays(hub, made, tmp_path):
+    """In the folder and in a repository that was made on the Hub's pages, where the licence is asked for."""
+    made.save_pretrained(tmp_path, base_model_name=BASE)
+    card = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text(card.replace("---\n", "---\nlanguage: en\ntags: [x]\n", 1))
+    hub.publish("me/mood", {"README.md": b"---\nlicense: cc-by-4.0\n---\n"})
+    push_folder(tmp_path, "me/mood")
+    metadata = ModelCard(sent_card(hub)).data
+    assert (metadata.language, metadata.license, metadata.tags) == ("en", "cc-by-4.0", ["lohp", "lora"])
+    assert "cc-by-4.0. The terms of the base model" in sent_card(hub)
+
+
+@pytest.mark.parametrize("own", ["edited", "scores", "filled in", "other"])
+def test_somebodys_card_stays(hub, made, tmp_path, own):
+    if own == "filled in":
+        model = PeftModel.from_pretrained(tiny.build_bert(), saved(made, tmp_path))
+        model.get_base_model().config._name_or_path = BASE
+        (tmp_path / "README.md").unlink()
+        model.save_pretrained(tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert is_empty(text)
+        text = text.replace("**Developed by:** [More Information Needed]", "**Developed by:** me")
+    elif own == "scores":
+        saved(made, tmp_path)
+        text = adapter_card_of(tmp_path, location="me/mood", scores={"none": {"accuracy": 0.5}})
+    elif own == "edited":
+        text = (saved(made, tmp_path) / "README.md").read_text().replace("## Limits\n", "## Limits\n\n- Mine.")
+    else:
+        text = "---\ntags: [mine]\nbase_model: someone/tiny\n---\n# Mine\n"
+    (tmp_path / "README.md").write_text(text)
+    made.save_pretrained(tmp_path, base_model_name=BASE)
+    push_folder(tmp_path, "me/mood")
+    assert sent_card(hub) == (tmp_path / "README.md").read_text() == text
+
+
+def saved(made, folder):
+    made.save_pretrained(folder, base_model_name=BASE)
+    return folder
+
+
 def test_the_card_of_a_generation_learns_its_place_and_licence(hub, made, tmp_path):
     made.save_pretrained(tmp_path, base_model_name=BASE)
     push_folder(tmp_path, "me/mood", license="mit")
@@ -520,5 +617,7 @@ def test_the_card_of_a_generation_learns_its_place_and_licence(hub, made, tmp_pa
     (tmp_path / "README.md").write_text(own)
     push_folder(tmp_path, "me/mood")
     assert hub.files("me/mood")["README.md"].decode() == own
-    with pytest.raises(ValueError, match="`license` is for a card that is written, and .*README.md has one"):
+    with pytest.raises(
+        ValueError, match="`license` is for a card that is rendered, and .*README.md is somebody's own"
+    ):
         push_folder(tmp_path, "me/mood", license="mit")

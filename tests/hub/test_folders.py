@@ -29,17 +29,17 @@ def adapter(tmp_path):
 
 @pytest.mark.parametrize("card", [None, "# Model Card for Model ID", "---\nbase_model: a/b\ntags: [x]\n---\n# Mine"])
 def test_dry_run_sends_and_writes_nothing(adapter, hub, card):
-    """It also lists the card that would be written."""
+    """It also lists the card that would be sent; a push writes nothing here either."""
     if card is not None:
         (adapter / "README.md").write_text(card)
     before = {path: path.read_bytes() for path in adapter.iterdir()}
     report = push_folder(adapter, "me/my-task", dry_run=True)
     assert hub.requests == []
     assert report.commit is None
-    assert {path: path.read_bytes() for path in adapter.iterdir()} == before
     assert list(report.files) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert report.files == push_folder(adapter, "me/my-task").files
-    assert ("# my-task" in (adapter / "README.md").read_text()) == ("Mine" not in (card or ""))
+    assert {path: path.read_bytes() for path in adapter.iterdir()} == before
+    assert ("# my-task" in hub.files("me/my-task")["README.md"].decode()) == ("Mine" not in (card or ""))
 
 
 def test_resume_state_is_left_out(tmp_path, hub):
@@ -127,14 +127,14 @@ def classify(base_folder, policy):
 
 @pytest.mark.parametrize("make", [generate, lambda *a: to_plain_lora(generate(*a)), initialize, classify])
 def test_a_generated_adapter_is_published_with_the_base_model_of_its_policy(hub, base_folder, policy, tmp_path, make):
-    """Until then it names the folder, from which `AutoPeftModel` and its like load it without a network."""
+    """Here it goes on naming the folder, from which `AutoPeftModel` and its like load it without a network."""
     folder = tmp_path / "adapter"
     make(base_folder, policy).save_pretrained(folder)
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    assert push_folder(folder, "me/my-task", dry_run=True).kind == "adapter"
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert json.loads(before[folder / "adapter_config.json"])["base_model_name_or_path"] == str(base_folder)
     report = push_folder(folder, "me/my-task")
+    assert report.files == push_folder(folder, "me/my-task", dry_run=True).files
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
     sent = hub.files("me/my-task")
     assert {name: len(data) for name, data in sent.items() if name != ".gitattributes"} == report.files
     written = {**json.loads(before[folder / "adapter_config.json"]), "base_model_name_or_path": TINY}
