@@ -12,13 +12,8 @@ if TYPE_CHECKING:
     from lohp_peft.adapters.uniform import save_uniform_lora
     from lohp_peft.baselines import AdamWBaseline
     from lohp_peft.evaluation import EvaluationConfig, evaluate_tasks
-    from lohp_peft.generation import (
-        GeneratedAdapter,
-        GenerationConfig,
-        GenerationReport,
-        generate_adapter,
-        generate_adapters,
-    )
+    from lohp_peft.generated import GeneratedAdapter, GenerationReport
+    from lohp_peft.generation import GenerationConfig, generate_adapter, generate_adapters
     from lohp_peft.objectives import sub_trajectory_balance_loss
     from lohp_peft.policy import LoHpPolicy, LoHpPolicyConfig
     from lohp_peft.policy_learning import PolicyLearningConfig, train_policy
@@ -41,9 +36,9 @@ _LAZY = {
     "CoreSpace": "adapters",
     "EvaluationConfig": "evaluation",
     "Examples": "tasks",
-    "GeneratedAdapter": "generation",
+    "GeneratedAdapter": "generated",
     "GenerationConfig": "generation",
-    "GenerationReport": "generation",
+    "GenerationReport": "generated",
     "LoHpPolicy": "policy",
     "LoHpPolicyConfig": "policy",
     "LoraBSpace": "adapters",

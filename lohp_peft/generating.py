@@ -37,7 +37,8 @@ FEW = 4
 """Texts on which a classifier's features are compared with the policy's embeddings."""
 
 if TYPE_CHECKING:
-    from lohp_peft.generation import GenerationConfig, GenerationReport, LoHpPolicy, Support
+    from lohp_peft.generated import GenerationReport
+    from lohp_peft.generation import GenerationConfig, LoHpPolicy, Support
 
 
 def generate_into(

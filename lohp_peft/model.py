@@ -27,7 +27,8 @@ from lohp_peft.generating import generate_into, generation_inputs
 from lohp_peft.warn import warn
 
 if TYPE_CHECKING:
-    from lohp_peft.generation import GenerationConfig, GenerationReport, LoHpPolicy, Support
+    from lohp_peft.generated import GenerationReport
+    from lohp_peft.generation import GenerationConfig, LoHpPolicy, Support
 
 
 class LoHpModel(LoraModel):
@@ -201,7 +202,7 @@ class LoHpModel(LoraModel):
 
         It is that of the weights as they were generated; further training leaves it behind.
         """
-        from lohp_peft.generation import Head
+        from lohp_peft.tasks import Head
 
         record = generation_record(self.peft_config[self._one_adapter(adapter_name)])
         return None if record is None or record.head is None else Head(**record.head)

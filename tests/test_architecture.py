@@ -35,10 +35,11 @@ ALLOWED = {
     "weight_preparation": {"adapters", "tasks", "trajectories"},
     "policy_learning": {"adapters", "tasks", "trajectories", "policy", "objectives", "cards"},
     "candidates": {"tasks", "policy"},
-    "generation": {"adapters", "tasks", "policy", "cards", "candidates", "hub"},
+    "generated": {"adapters", "tasks", "cards", "candidates", "hub"},
+    "generation": {"adapters", "tasks", "policy", "candidates", "generated", "hub"},
     "baselines": {"tasks", "policy"},
     "evaluation": {"tasks", "policy", "generation", "baselines"},
-    **{part: PEFT_METHOD | {"adapters", "tasks", "generation", "hub", "cards"} for part in PEFT_METHOD},
+    **{part: PEFT_METHOD | {"adapters", "tasks", "generated", "generation", "hub", "cards"} for part in PEFT_METHOD},
 }
 NEVER_IMPORTED = {"cli", "examples", "benchmarks", "tests"}
 
