@@ -50,7 +50,7 @@ def metadata_of(card: str) -> dict[str, Any]:
     """The entries of a card's metadata; none where they are damaged."""
     try:
         entries = yaml.safe_load(_parts(card)[0])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the latter of a date that does not exist
         return {}
     return entries if isinstance(entries, dict) else {}
 
