@@ -26,6 +26,7 @@ import tiny_world as tiny
 from lohp_peft import GenerationConfig, LoHpConfig, LoHpModel, generate_adapter, initialize_lohp_weights
 from lohp_peft.adapters import injected
 from lohp_peft.adapters.classifier import classifier_columns
+from lohp_peft.cards import adapter_card_of
 from lohp_peft.config import generation_record
 from lohp_peft.hub import check_fingerprint, push_folder
 from lohp_peft.registration import ensure_peft_type
@@ -719,6 +720,7 @@ def test_a_combination_tells_what_its_parts_share_and_whether_they_were_trained(
     assert told["trained"]["weights_changed"] is True
     for name in told:
         push_folder(tmp_path / name, "me/both", dry_run=True)
+        assert "A weighted sum of adapters for " in adapter_card_of(tmp_path / name)
         check_fingerprint(tmp_path / name, tiny.build_bert())
 
 

@@ -209,8 +209,9 @@ def _about(base: str, provenance: Mapping[str, Any]) -> str:
         )
     elif steps:
         how = f", then {steps} gradient steps on them, which lowered the loss of examples they were not taken on."
+    what = "A weighted sum of adapters" if provenance.get("combined") else "A plain LoRA"
     return (
-        f"A plain LoRA for {base}, written by a [Lo-Hp](https://arxiv.org/abs/2511.00543) policy from a few labelled\n"
+        f"{what} for {base}, written by a [Lo-Hp](https://arxiv.org/abs/2511.00543) policy from a few labelled\n"
         f"examples{how} It is an ordinary PEFT adapter and loads without\n`lohp_peft`."
     )
 
