@@ -202,6 +202,7 @@ OF_SEEDS = {
     "ours_swapped": "conditioned on the other labeling",
     "floor": "one adapter for both",
     "specialist": "specialists",
+    "multi_task": "multi-task adapter",
 }
 
 
@@ -233,11 +234,13 @@ def contrast(result: Mapping[str, Any]) -> str:
         (title, *(_derived(column, key) for column in derived)) for key, title in CONTRASTS.items() if key in overall
     ]
     of_seeds = [seed["accuracy"] for seed in overall["of_seeds"]]
-    seeds = {title: [seed[name] for seed in of_seeds] for name, title in OF_SEEDS.items()}
+    seeds = {
+        title: [seed[name] for seed in of_seeds] for name, title in OF_SEEDS.items() if name in overall["accuracy"]
+    }
     notes = [
         f"{settings['shots']} examples per class, {settings['draws']} draws (+- standard error of their mean); domains and classes count "
         f"alike. Specialists differ by a point or more on {overall['specialists_differ']} of {overall['labelings']} labelings.",
-        f"By training seed of the policy, of floor and of specialists, over all labelings: {_by_seed(seeds)}; share of the way "
+        f"By training seed of what is trained, over all labelings: {_by_seed(seeds)}; share of the way "
         f"{', '.join(share(seed['share_of_the_way']) for seed in overall['of_seeds'])} %.",
     ]
     notes += [
