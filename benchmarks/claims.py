@@ -34,9 +34,8 @@ def comparison(compare: Result, few_shot: Result) -> list[str]:
     recorded = [shots[name]["accuracy"] for name in ("local_denoising", "drag_and_drop", "text_to_lora_recon")]
     oracle = with_specialists(compare)
     above = sum(of["ours"][name] > accuracy for name, accuracy in of["adamw_full_data"].items())
-    start = by_task(compare, "ours", "0")  # what the steps were taken from
     questions, fine = ("trec", "trec_fine"), ("stackoverflow20", "fewrel_pubmed")
-    gains = {name: of["ours_steps"][name] - start[name] for name in (*questions, "stackoverflow20")}
+    gains = {name: of["ours_steps"][name] - of["ours"][name] for name in (*questions, "stackoverflow20")}
     behind = {name: accuracy - of["ours"][name] for name, accuracy in of["adamw_80"].items()}
     none = by_task(compare, "none")
     found = {name: accuracy - none[name] for name, accuracy in of["adamw_80"].items()}

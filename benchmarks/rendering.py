@@ -77,14 +77,10 @@ def over_families(difference: Mapping[str, Any] | None) -> str:
     return f"[{', '.join(map(signed, difference['families']))}]"
 
 
-def by_task(compared: Result, method: str, seed: str | None = None) -> dict[str, float]:
-    """Accuracy by task at 16 examples a class, mean over training seeds or of one."""
+def by_task(compared: Result, method: str) -> dict[str, float]:
+    """Accuracy by task at 16 examples a class, mean over training seeds."""
     found = {key: key.split("/") for key in next(iter(compared["tasks"].values()))}
-    keys = [
-        key
-        for key, (name, of, shots, control) in found.items()
-        if (name, shots, control) == (method, "16", "") and seed in (None, of)
-    ]
+    keys = [k for k, (name, _, shots, control) in found.items() if (name, shots, control) == (method, "16", "")]
     return {name: fmean(cells[key]["accuracy"] for key in keys) for name, cells in compared["tasks"].items()}
 
 
