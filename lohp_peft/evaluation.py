@@ -121,8 +121,8 @@ def evaluate_tasks(
         draws; seconds are the median time from examples to adapter, features and head included.
 
     Raises:
-        ValueError: When the policy does not fit the base model, tasks share a name, a task lacks a split or examples of two classes, or the settings
-            of the generation cannot be those of a control.
+        ValueError: When the policy does not fit the base model, tasks share a name, a task lacks a split or has one class to draw
+            from, or the settings of the generation cannot be those of a control.
     """
     names = [task.name for task in tasks]
     if shared := sorted({name for name in names if names.count(name) > 1}):

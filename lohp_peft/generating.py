@@ -149,12 +149,9 @@ def _batches(tokenizer: Any, examples: Any, encoder: Any) -> Iterator[Any]:
 
 
 def generation_inputs(config: LoHpConfig, model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Policy, support set, tokenizer and settings of a generation at injection, checked against the model."""
-    from lohp_peft.generation import GenerationConfig, encoder_for, load_policy, read_support
+    """Policy, support set and tokenizer of a generation at injection, checked against the model."""
+    from lohp_peft.generation import encoder_for, load_policy, read_support
 
-    settings = GenerationConfig(
-        policy_steps=config.policy_steps, num_candidates=config.num_candidates, seed=config.seed
-    )
     with only_active(model, None):  # a merged adapter is named before the base model is compared
         policy, tokenizer = load_policy(config.policy_id or ""), _tokenizer_of(model)
     support = read_support(read_support_file(config.support or ""))
@@ -163,7 +160,7 @@ def generation_inputs(config: LoHpConfig, model: nn.Module, adapter_name: str) -
         _columns(model, support.label_names)
         saved = {n: m for n, m in model.named_modules() if n.endswith(tuple(config.modules_to_save or ()))}
         one_classifier(saved, adapter_name, model.config.num_labels)
-    return {"policy": policy, "support": support, "tokenizer": tokenizer, "config": settings}
+    return {"policy": policy, "support": support, "tokenizer": tokenizer}
 
 
 def _has_head(config: LoraConfig) -> bool:

@@ -26,6 +26,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
 PROVENANCE_FILE = "lohp_provenance.json"
 DIGEST_KEY = "weights_sha256"
+"""Entry of the provenance: `lora_digest` of the weights that it tells of."""
 SHARED_KEYS = (
     "policy",
     "revision",
@@ -37,7 +38,6 @@ SHARED_KEYS = (
     "max_length",
 )
 """What is told of a combination of adapters where it is the same for all of them."""
-"""Entry of the provenance: `lora_digest` of the weights that it tells of."""
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 Fingerprints = Mapping[torch.dtype, frozenset[str]]
 """Of a set of tensors, see `fingerprints`."""

@@ -10,6 +10,7 @@ from lohp_peft.adapters.export import DIGEST_KEY, HEAD_FILE, PROVENANCE_FILE, te
 from lohp_peft.cards.markdown import (
     base_link,
     entries_table,
+    fill,
     is_hub_id,
     model_metadata,
     read_json,
@@ -248,24 +249,8 @@ base_model.config.pad_token_id = tokenizer.pad_token_id  # by which it tells whe
     if pooling not in _POOLING:
         raise ValueError(f"`pooling` in the provenance must be one of {list(_POOLING)}, got {pooling!r}.")
     length = provenance.get("max_length", 128)
-    return f"""import torch
-from huggingface_hub import snapshot_download
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
-
-folder = snapshot_download("{location}")  # or the path of a local copy
-{tokenizer}
-model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), folder).eval()
-head = load_file(f"{{folder}}/head.safetensors")
-labels = {json.dumps(labels)}
-
-batch = tokenizer(["a new text"], padding=True, truncation=True, max_length={length}, return_tensors="pt")
-with torch.no_grad():
-    tokens = model(**batch).last_hidden_state
-{_POOLING[pooling]}
-logits = torch.nn.functional.normalize(x, dim=-1) @ head["weight"].T + head["bias"]
-print([labels[i] for i in logits.argmax(-1).tolist()])"""
+    values = {"location": location, "tokenizer": tokenizer, "base": str(base), "labels": json.dumps(labels)}
+    return fill("head_snippet.txt", **values, length=str(length), pooled=_POOLING[pooling]).rstrip("\n")
 
 
 def _targets(targets: Any) -> str | None:

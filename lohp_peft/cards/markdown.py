@@ -92,10 +92,15 @@ def score_table(scores: Mapping[str, Mapping[str, Any]] | None) -> str:
     return table(("method", *(column.replace("_", " ") for column in columns)), rows) + note
 
 
-def render(template: str, metadata: CardData, **values: str) -> str:
+def fill(template: str, **values: str) -> str:
     """Fill a template of this package."""
     text = (Path(__file__).parents[1] / "templates" / template).read_text(encoding="utf-8")
-    return Template(text).substitute(values, front_matter=f"---\n{metadata.to_yaml()}\n---")
+    return Template(text).substitute(values)
+
+
+def render(template: str, metadata: CardData, **values: str) -> str:
+    """Fill the template of a card."""
+    return fill(template, **values, front_matter=f"---\n{metadata.to_yaml()}\n---")
 
 
 def write_card(folder: str | os.PathLike, card: str) -> Path:

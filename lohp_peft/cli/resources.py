@@ -1,7 +1,6 @@
 """What the verbs read: base models, policies, tasks; and how they write JSON."""
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
@@ -203,21 +202,13 @@ def _can_be_written(target: Path) -> bool:
 
 def write_json(content: Any, target: Path | None = None) -> None:
     """Write JSON to a file, or to standard output when there is none or it is `-`; what is not finite is null there."""
-    text = json.dumps(_finite(json.loads(json.dumps(content, default=_plain))), indent=2, allow_nan=False)
+    finite = json.loads(json.dumps(content, default=_plain), parse_constant=lambda _: None)
+    text = json.dumps(finite, indent=2, allow_nan=False)
     if target is None or str(target) == "-":
         typer.echo(text)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """JSON values with `None` for numbers that JSON has not."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

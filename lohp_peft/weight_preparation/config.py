@@ -92,7 +92,7 @@ class WeightPreparationConfig:
             raise ValueError("Weight preparation: " + "; ".join(problems) + ".")
 
     def _take_lists(self) -> None:
-        """Tuples and dicts of what was given for them, seeds as Python's ints."""
+        """Make tuples of what was given for them, of Python's ints for seeds; refuse what holds something else."""
         wanted = {"optimizers": "names", "seeds": "whole numbers", "hyperparameters": "optimizer names to mappings"}
         wrong = {}
         for name in ("optimizers", "seeds"):
